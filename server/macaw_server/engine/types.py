@@ -1,0 +1,207 @@
+"""The nouns on the boundary of the engine: what goes in, what comes out. Token ids only; picklable, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, NamedTuple, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+class CallClass(IntEnum):
+    """What the application waits for; the smaller value goes first."""
+
+    LATENCY = 0
+    GROUP = 1
+    BACKGROUND = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CallHints:
+    """What the scheduler knows of a request's application.
+
+    Attributes:
+        program_id: Requests with the same id belong together.
+        call_class: Deduced from the program's targets.
+        depth: Calls before this one on its longest path.
+        group: Name of the task group within the program, if any.
+        arrival_s: When the call became ready, monotonic seconds of the server process.
+    """
+
+    program_id: str = ""
+    call_class: CallClass = CallClass.LATENCY
+    depth: int = 0
+    group: str | None = None
+    arrival_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    Attributes:
+        max_tokens: Output length limit in tokens.
+        temperature: 0 is greedy.
+        top_p: Nucleus mass; 1 is off.
+        top_k: Candidates kept; 0 is off.
+        min_p: Floor relative to the most likely token; 0 is off.
+        presence_penalty: Subtracted once from the logit of each token of the output so far.
+        frequency_penalty: Subtracted for each occurrence in the output so far.
+        repetition_penalty: Divides (multiplies, when negative) logits of tokens of prompt and output; 1 is off.
+        seed: Always set: token ``i`` of the output depends on (seed, i, distribution) only, so a request that is
+            taken up again after a preemption or a crash goes on exactly as it would have.
+        stop_token_ids: Output ends with any of these (end-of-sequence ids included, unless they are to be ignored).
+        min_tokens: Stop tokens are not chosen before so many tokens.
+        logprobs: Report the chosen token's log-probability and that many most likely ones; None is off.
+        logit_bias: Added to the logits, by token id.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: Unique over the life of the server.
+        prompt_ids: The prompt's tokens, at least one.
+        sampling: See there.
+        salt: Cache namespace of the tenant: pages are shared within one salt only.
+        hints: What the scheduler knows of the application.
+        output_ids: Tokens generated before (when an engine takes the request up again).
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    salt: str = ""
+    hints: CallHints = field(default_factory=CallHints)
+    output_ids: list[int] = field(default_factory=list)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probability of the chosen token and the most likely ones, by token id, best first."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What a step did for one request.
+
+    Attributes:
+        request_id: Whose.
+        token_ids: New output tokens, in order; a stop token is included.
+        logprobs: One entry for each of `token_ids`, where asked for.
+        finish_reason: Set on the last output of a request.
+        cached_tokens: Set on the first output after the request entered a batch: prompt tokens found in the cache.
+        error: Set when the engine cannot go on with this request; a wire code and a message.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    cached_tokens: int | None = None
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the server needs to know of a loaded engine.
+
+    Attributes:
+        vocab_size: Rows of the output projection.
+        max_model_len: Prompt plus output, in tokens.
+        page_size: Tokens a page holds.
+        num_pages: Pages in the pool (the padding page not counted).
+        page_bytes: Bytes of one page over all layers.
+        weight_bytes: Bytes of the weights.
+        device: Such as ``cpu`` or ``cuda:0``.
+        dtype: Such as ``bfloat16``.
+        eos_token_ids: End-of-sequence ids from the model's generation config.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    page_bytes: int
+    weight_bytes: int
+    device: str
+    dtype: str
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters and gauges of one engine since it started."""
+
+    steps: int = 0
+    waiting: int = 0
+    running: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_total: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    evicted_pages: int = 0
+    forward_s: float = 0.0
+    overhead_s: float = 0.0
+    restarts: int = 0
+
+
+class Engine(Protocol):
+    """An engine as the server sees it: in a supervised process of its own, or in a thread of this one.
+
+    All methods are called on the server's event loop, and `on_output` runs there too.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model; raises RuntimeError before `start` has returned."""
+        ...
+
+    @property
+    def status(self) -> Literal["starting", "running", "restarting", "failed", "stopped"]:
+        """Whether requests are being worked on."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model; returns when requests are being worked on. Raises `ModelLoadError`."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop for good; requests that are still there get no more output."""
+        ...
+
+    def submit(self, request: EngineRequest, on_output: Callable[[EngineOutput], None]) -> None:
+        """Queue a request. Outputs come in order; the last has a `finish_reason` or an `error`."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request: no more output. Unknown and finished ids are nothing to do."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """The counters now."""
+        ...
