@@ -1,0 +1,106 @@
+"""The one configuration object: command-line flags and ``MACAW_*`` variables derive from these fields."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(value: object) -> object:
+    """Bytes from ``4GiB``, ``512M``, ``1.5g`` or a plain number; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write bytes or a number with K, M, G or T, such as 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError(f"{value} is not a power of two")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class EngineConfig(BaseModel):
+    """What one engine needs to know; picklable, handed to the engine's process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        default="macaw-demo", description="Local folder, hub name, or macaw-demo (a tiny model of noise)."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto", description="auto: read the weights. dummy: random weights of the real shape, for benchmarks."
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: bfloat16 where the device is fast at it, else float32."
+    )
+    max_model_len: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="Prompt plus output, in tokens; default: what the model was made for."
+    )
+    kv_memory: Bytes | None = Field(
+        default=None, description="Memory for the KV pages, such as 4GiB; default: a share of what is free."
+    )
+    page_size: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] = Field(
+        default=16, description="Tokens per KV page."
+    )
+    max_num_seqs: int = Field(default=64, ge=1, description="Sequences in one batch at most.")
+    max_num_batched_tokens: int = Field(
+        default=512, ge=1, description="Token budget of one step: longer prompts are prefilled in chunks."
+    )
+    policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
+    sharing: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Two-phase attention over shared prefixes: by cost model, or forced, or off."
+    )
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="CPU threads of the engine; default: all cores."
+    )
+    seed: int = Field(default=0, description="Seed of dummy weights.")
+
+
+class ServerConfig(EngineConfig, BaseSettings):
+    """Everything `macaw serve` takes."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="MACAW_", env_ignore_empty=True, cli_parse_args=False
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    api_key: tuple[str, ...] = Field(
+        default=(), description="Accept this key; repeat for several tenants. None: no key is asked for."
+    )
+    served_model_name: str | None = Field(
+        default=None, description="Name that clients use; default: the model's own."
+    )
+    max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
+    max_live_calls: int = Field(
+        default=4096, ge=1, description="Calls waiting or running; more are refused with 429."
+    )
+    shutdown_timeout_s: float = Field(
+        default=30.0, ge=0, description="Seconds that running programs get to end on SIGTERM before they are cancelled."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log level.")
+
+    def engine(self) -> EngineConfig:
+        """The engine's part."""
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model

@@ -1,0 +1,170 @@
+"""Our attention function inside transformers' models: store K/V into pages, then attend over the pages.
+
+The batch of a step is one flattened sequence ``[1, total_tokens]``. What the attention needs to know of it does not
+go through the model's keyword arguments (some models drop them) but through one current-batch object per thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from macaw_kernels import AttentionPlan, attend, store_kv
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "macaw_paged"
+
+# What models pass along that has no say in the result of attention proper.
+_HARMLESS = {"position_ids", "use_cache", "output_router_logits", "output_attentions", "position_embeddings"}
+_OFF = (None, False, 0, 0.0)
+
+
+class UnsupportedAttentionError(Exception):
+    """A model asks its attention for something that the paged attention does not compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The shape of one attention layer, as seen in a forward pass."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int | None
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page of this layer takes, K and V."""
+        return page_size * self.num_kv_heads * (self.head_dim + self.v_head_dim) * dtype.itemsize
+
+
+class PagedKV:
+    """The tensors behind the page pool, per layer.
+
+    Attributes:
+        keys: By ``layer_idx``: ``[num_pages, page_size, num_kv_heads, head_dim]``.
+        values: By ``layer_idx``: ``[num_pages, page_size, num_kv_heads, v_head_dim]``.
+    """
+
+    def __init__(
+        self,
+        layers: dict[int, LayerSpec],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def pages(spec: LayerSpec, head_dim: int) -> Tensor:
+            return torch.empty(num_pages, page_size, spec.num_kv_heads, head_dim, dtype=dtype, device=device)
+
+        self.num_pages, self.page_size = num_pages, page_size
+        self.keys = {i: pages(spec, spec.head_dim) for i, spec in layers.items()}
+        self.values = {i: pages(spec, spec.v_head_dim) for i, spec in layers.items()}
+
+
+@dataclass(slots=True)
+class BatchContext:
+    """What attention needs to know of the current step.
+
+    Attributes:
+        plan: The attention plan of the batch; the same for all layers.
+        slot_mapping: ``[total_tokens]`` int64, page * page_size + offset, where each token's K/V goes.
+        kv: The page tensors; None while the layers are being discovered.
+        seen: Filled on the way: the layers that called, and their shapes.
+    """
+
+    plan: AttentionPlan | None
+    slot_mapping: Tensor | None
+    kv: PagedKV | None
+    seen: dict[int, LayerSpec] = field(default_factory=dict)
+
+
+_local = threading.local()
+
+
+@contextmanager
+def current_batch(batch: BatchContext) -> Iterator[BatchContext]:
+    """Make `batch` the one that attention layers of this thread work on."""
+    _local.batch = batch
+    try:
+        yield batch
+    finally:
+        _local.batch = None
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over pages.
+
+    Args:
+        module: The attention layer; needs a `layer_idx`.
+        query: ``[1, num_q_heads, total_tokens, head_dim]``.
+        key: ``[1, num_kv_heads, total_tokens, head_dim]``.
+        value: ``[1, num_kv_heads, total_tokens, v_head_dim]``.
+        attention_mask: Must be None: causality comes from the plan.
+        scaling: Softmax scale; default ``head_dim ** -0.5``.
+        dropout: Must be 0.
+        sliding_window: Positions a query sees, its own included.
+        softcap: tanh soft-cap of the scores.
+        s_aux: ``[num_q_heads]`` attention sinks.
+        others: Refused by name unless they are off or known to have no say.
+
+    Returns:
+        ``[1, total_tokens, num_q_heads, v_head_dim]`` and no weights.
+
+    Raises:
+        UnsupportedAttentionError: The model needs something that is not computed here.
+    """
+    batch: BatchContext | None = getattr(_local, "batch", None)
+    if batch is None:
+        raise RuntimeError("paged attention outside of a batch; run the model through ModelRunner")
+    extra = [n for n, v in others.items() if n not in _HARMLESS and (isinstance(v, Tensor) or v not in _OFF)]
+    if extra:
+        raise UnsupportedAttentionError(f"its attention passes {', '.join(sorted(extra))}, which is not supported")
+    if attention_mask is not None:
+        raise UnsupportedAttentionError("its attention builds a mask of its own")
+    if dropout:
+        raise UnsupportedAttentionError(f"its attention has dropout {dropout} at inference")
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} has no layer_idx")
+
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [total_tokens, heads, dim]
+    spec = LayerSpec(q.shape[1], k.shape[1], k.shape[2], v.shape[2], sliding_window or None)
+    if batch.seen.setdefault(layer, spec) is not spec and batch.kv is None:
+        raise UnsupportedAttentionError(f"two attention layers share layer_idx {layer}")
+    if batch.kv is None or batch.plan is None or batch.slot_mapping is None:  # discovering the layers
+        return query.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
+
+    k_pages, v_pages = batch.kv.keys[layer], batch.kv.values[layer]
+    store_kv(k, v, k_pages, v_pages, batch.slot_mapping)
+    out = attend(
+        q,
+        k_pages,
+        v_pages,
+        batch.plan,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or None,
+        soft_cap=softcap,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,110 @@
+"""The model runner: one ragged batch in, one row of logits per sampled sequence out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from macaw_kernels import DeviceProfile, HeadConfig, plan
+from torch import Tensor, nn
+
+from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV, current_batch
+
+
+class Chunk(NamedTuple):
+    """New tokens of one sequence in a step.
+
+    Attributes:
+        token_ids: The tokens to compute.
+        start: Position of the first of them.
+        block_table: Pages of the sequence, in order; they cover ``start + len(token_ids)`` tokens.
+        samples: Whether logits of the last token are wanted.
+    """
+
+    token_ids: Seq[int]
+    start: int
+    block_table: Seq[int]
+    samples: bool
+
+
+class ModelRunner:
+    """Runs a transformers model over a flattened ragged batch with paged K/V.
+
+    Args:
+        model: A causal language model whose attention implementation is `ATTENTION_NAME`, in eval mode.
+        layers: Shapes of its attention layers, from `discover_layers`.
+        num_pages: Pages in the pool.
+        page_size: Tokens per page.
+        dtype: Of K/V.
+        profile: The attention planner's cost model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[int, LayerSpec],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        profile: DeviceProfile,
+    ) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
+        self._profile = profile
+        first = layers[min(layers)]
+        self._heads = HeadConfig(first.num_q_heads, first.num_kv_heads, first.head_dim, first.v_head_dim)
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.inference_mode()
+    def run(self, chunks: Seq[Chunk]) -> Tensor:
+        """Compute a step.
+
+        Args:
+            chunks: At least one. A chunk may read pages that another chunk of the same step computes: in every
+                layer all K/V is stored before attention runs.
+
+        Returns:
+            ``[num_samples, vocab_size]`` float32 logits, in the order of the chunks that sample.
+        """
+        page_size = self._kv.page_size
+        lengths = np.array([len(chunk.token_ids) for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        ends = np.cumsum(lengths)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        positions = np.repeat(starts, lengths) + offsets
+        slots = np.concatenate(
+            [
+                np.asarray(chunk.block_table)[pos // page_size] * page_size + pos % page_size
+                for chunk, pos in zip(chunks, np.split(positions, ends[:-1]), strict=True)
+            ]
+        )
+        token_ids = [token for chunk in chunks for token in chunk.token_ids]
+        rows = [end - 1 for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples]
+
+        batch = BatchContext(
+            plan=plan(
+                [chunk.block_table for chunk in chunks],
+                (starts + lengths).tolist(),
+                lengths.tolist(),
+                self._heads,
+                self._profile,
+                page_size,
+            ),
+            slot_mapping=torch.from_numpy(slots).to(self._device),
+            kv=self._kv,
+        )
+        wanted = torch.tensor(rows, dtype=torch.long, device=self._device)
+        keep = {"logits_to_keep": wanted} if self._keeps_rows and rows else {}
+        with current_batch(batch):
+            logits: Tensor = self._model(
+                input_ids=torch.tensor([token_ids], device=self._device),
+                position_ids=torch.from_numpy(positions).unsqueeze(0).to(self._device),
+                use_cache=False,
+                **keep,
+            ).logits[0]
+        return (logits if keep else logits[wanted]).float()

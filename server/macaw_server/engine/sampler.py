@@ -1,0 +1,127 @@
+"""Choosing the next token, reproducibly: token ``i`` depends on (seed, i, distribution) only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from macaw_server.engine.types import SamplingParams, TokenLogprobs
+
+_MASK = (1 << 64) - 1
+
+
+class Row(NamedTuple):
+    """What sampling needs to know of one sequence.
+
+    Attributes:
+        params: How to choose.
+        token_ids: Prompt and output so far.
+        num_prompt: How many of them are the prompt.
+    """
+
+    params: SamplingParams
+    token_ids: Seq[int]
+    num_prompt: int
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+
+class Sampled(NamedTuple):
+    """The chosen token; `token` is None when the model's logits were not numbers."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None
+
+
+def uniform(seed: int, index: int) -> float:
+    """A uniform number in [0, 1) for (seed, index), by SplitMix64 (Steele, Lea & Flood 2014)."""
+    return (_mix(_mix(seed & _MASK) + index * 0x9E3779B97F4A7C15) >> 11) / (1 << 53)
+
+
+def _mix(z: int) -> int:
+    z = (z + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
+    """Choose one token for each row.
+
+    Args:
+        logits: ``[num_rows, vocab_size]`` float32; changed in place.
+        rows: One for each row of `logits`.
+
+    Returns:
+        One choice for each row. Log-probabilities are those of the model, before temperature and penalties.
+    """
+    broken = torch.isnan(logits).any(dim=-1).tolist()
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = dict(zip(wanted, torch.log_softmax(logits[wanted], dim=-1), strict=True)) if wanted else {}
+    for i, row in enumerate(rows):
+        _adjust(logits[i], row)
+    tokens = torch.argmax(logits, dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and not broken[i]]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+    return [
+        Sampled(None, None)
+        if broken[i]
+        else Sampled(token, _logprobs(raw[i], token, rows[i].params.logprobs or 0) if i in raw else None)
+        for i, token in enumerate(tokens.tolist())
+    ]
+
+
+def _adjust(logits: Tensor, row: Row) -> None:
+    """Apply bias, penalties and the minimum length to one row, in place."""
+    params = row.params
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1.0:
+        ids = torch.tensor(row.token_ids, device=logits.device).unique()
+        values = logits[ids]
+        penalty = params.repetition_penalty
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and row.num_output:
+        output = torch.tensor(row.token_ids[row.num_prompt :], device=logits.device)
+        ids, counts = output.unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.num_output < params.min_tokens and params.stop_token_ids:
+        logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
+
+
+def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
+    """Inverse-CDF sampling: temperature, then top-k, then top-p, then min-p, as transformers orders them."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device, dtype=torch.float64).unsqueeze(1)
+
+    params = [row.params for row in rows]
+    probs = torch.softmax(logits.double() / column([p.temperature for p in params]), dim=-1)
+    order = None
+    if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(probs.shape[1], device=probs.device)
+        probs[rank >= column([p.top_k or probs.shape[1] for p in params])] = 0
+        probs /= probs.sum(dim=-1, keepdim=True)
+        before = probs.cumsum(dim=-1) - probs
+        top_p = column([p.top_p for p in params])
+        probs[(before >= top_p) & (top_p < 1)] = 0
+        probs[probs < column([p.min_p for p in params]) * probs[:, :1]] = 0
+    cdf = probs.cumsum(dim=-1)
+    u = column([uniform(row.params.seed, row.num_output) for row in rows]) * cdf[:, -1:]
+    # The first index whose cumulative mass exceeds u: always one with a probability above 0.
+    chosen = torch.searchsorted(cdf, u, right=True).clamp_(max=probs.shape[1] - 1)
+    return (chosen if order is None else order.gather(1, chosen)).squeeze(1)
+
+
+def _logprobs(raw: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    top = raw.topk(num_top)
+    return TokenLogprobs(raw[token].item(), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
