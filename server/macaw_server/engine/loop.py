@@ -1,0 +1,97 @@
+"""The engine's main loop: take messages in, step while there is work, send outputs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from macaw_server.engine.core import EngineCore
+from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+log = logging.getLogger(__name__)
+
+
+class Add(NamedTuple):
+    """Queue a request."""
+
+    request: EngineRequest
+
+
+class Abort(NamedTuple):
+    """Forget a request."""
+
+    request_id: str
+
+
+class GetStats(NamedTuple):
+    """Ask for a `Stats` message."""
+
+
+class Stop(NamedTuple):
+    """Leave the loop."""
+
+
+class Loading(NamedTuple):
+    """What the engine is busy with before it is ready."""
+
+    step: str
+
+
+class Ready(NamedTuple):
+    """The model is loaded and requests are worked on."""
+
+    info: EngineInfo
+
+
+class LoadFailed(NamedTuple):
+    """The model cannot be served."""
+
+    error: Exception
+
+
+class Outputs(NamedTuple):
+    """What one step did."""
+
+    outputs: list[EngineOutput]
+
+
+class Stats(NamedTuple):
+    """The counters now."""
+
+    stats: EngineStats
+
+
+Inbound = Add | Abort | GetStats | Stop
+Outbound = Loading | Ready | LoadFailed | Outputs | Stats
+
+
+def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outbound], None]) -> None:
+    """Work until a `Stop` arrives; blocks while there is nothing to do."""
+    while True:
+        for message in _drain(inbox, wait=not core.has_work):
+            match message:
+                case Add(request):
+                    refused = core.add(request)
+                    if refused is not None:
+                        send(Outputs([refused]))
+                case Abort(request_id):
+                    core.abort(request_id)
+                case GetStats():
+                    send(Stats(core.stats()))
+                case Stop():
+                    return
+        if core.has_work:
+            outputs = core.step()
+            if outputs:
+                send(Outputs(outputs))
+
+
+def _drain(inbox: SimpleQueue[Inbound], *, wait: bool) -> list[Inbound]:
+    messages = [inbox.get()] if wait else []
+    try:
+        while True:
+            messages.append(inbox.get_nowait())
+    except Empty:
+        return messages

@@ -1,0 +1,247 @@
+"""The engine in a process of its own, supervised: when it dies it is started again and its requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from typing import Literal
+
+from macaw_server.config import EngineConfig
+from macaw_server.engine.inflight import InflightTable, OnOutput
+from macaw_server.engine.loop import (
+    Abort,
+    Add,
+    GetStats,
+    Inbound,
+    LoadFailed,
+    Loading,
+    Outbound,
+    Outputs,
+    Ready,
+    Stats,
+    Stop,
+    run_loop,
+)
+from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+from macaw_server.errors import ModelLoadError, StartupError
+
+log = logging.getLogger(__name__)
+
+MAX_CRASHES_PER_REQUEST = 3
+"""A request that was in the engine at so many crashes fails."""
+MAX_RESTARTS_IN_A_ROW = 5
+"""The engine is given up after so many deaths without a single output in between."""
+STOP_TIMEOUT_S = 5.0
+"""How long a stopped engine may finish its step before it is killed."""
+
+_context = multiprocessing.get_context("spawn")
+
+
+def _worker(config: EngineConfig, pipe: Connection) -> None:
+    """Main function of the engine process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s")
+    inbox: SimpleQueue[Inbound] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                inbox.put(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the server is gone, so nobody waits for this process
+
+    from macaw_server.engine.core import EngineCore
+
+    threading.Thread(target=read, name="engine-inbox", daemon=True).start()
+    try:
+        core = EngineCore(config, lambda step: pipe.send(Loading(step)))
+    except StartupError as e:
+        pipe.send(LoadFailed(e))
+        return
+    except Exception as e:
+        log.exception("loading %s", config.model)
+        pipe.send(LoadFailed(ModelLoadError(f"Loading {config.model} failed: {type(e).__name__}: {e}")))
+        return
+    pipe.send(Ready(core.info))
+    run_loop(core, inbox, pipe.send)
+
+
+class EngineProcess:
+    """An `Engine` in a supervised process.
+
+    Args:
+        config: What to load and how.
+        on_loading: Told what the engine is busy with while it loads.
+    """
+
+    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
+        self._config = config
+        self._on_loading = on_loading
+        self._table = InflightTable()
+        self._info: EngineInfo | None = None
+        self._status: Literal["starting", "running", "restarting", "failed", "stopped"] = "stopped"
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._stats = EngineStats()
+        self._asked: list[asyncio.Future[EngineStats]] = []
+        self._restarts = 0
+        self._deaths_in_a_row = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model."""
+        if self._info is None:
+            raise RuntimeError("the engine has not started")
+        return self._info
+
+    @property
+    def status(self) -> Literal["starting", "running", "restarting", "failed", "stopped"]:
+        """Whether requests are being worked on."""
+        return self._status
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, for people and for tests that kill it."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Start the process and wait until the model is loaded."""
+        self._status = "starting"
+        self._ready = asyncio.get_running_loop().create_future()
+        self._spawn()
+        await self._ready
+
+    async def stop(self) -> None:
+        """Stop the process: politely, then for sure."""
+        self._status = "stopped"
+        self._send(Stop())
+        if self._process is not None:
+            await asyncio.to_thread(self._process.join, STOP_TIMEOUT_S)
+            if self._process.is_alive():
+                self._process.kill()
+                await asyncio.to_thread(self._process.join)
+        if self._pipe is not None:
+            self._pipe.close()
+        self._answer_stats()
+
+    def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
+        """Queue a request; while the engine restarts it waits here."""
+        self._table.add(request, on_output)
+        if self._status == "running":
+            self._send(Add(request))
+        elif self._status in ("failed", "stopped"):
+            message = "the engine is gone; see the server's log"
+            asyncio.get_running_loop().call_soon(self._table.fail, request.request_id, message)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request."""
+        if self._table.remove(request_id) and self._status == "running":
+            self._send(Abort(request_id))
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters; the last ones known while it is not running."""
+        if self._status == "running":
+            self._asked.append(asyncio.get_running_loop().create_future())
+            self._send(GetStats())
+            self._stats = await self._asked[-1]
+        self._stats.restarts = self._restarts
+        return self._stats
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(
+            target=_worker, args=(self._config, theirs), name="macaw-engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        args = (self._pipe, asyncio.get_running_loop())
+        threading.Thread(target=self._read, args=args, name="engine-outbox", daemon=True).start()
+
+    def _read(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs in a thread: messages of one engine process, in order, then its end."""
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._on_message, pipe.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:  # a message cut off in the middle by a kill does not unpickle
+            log.debug("the engine's last message is broken", exc_info=True)
+        try:
+            loop.call_soon_threadsafe(self._on_death, pipe)
+        except RuntimeError:
+            log.debug("the event loop ended before the engine")
+
+    def _send(self, message: Inbound) -> None:
+        try:
+            if self._pipe is not None:
+                self._pipe.send(message)
+        except OSError:  # it is dying; what it does not hear now it is told again after the restart
+            log.debug("the engine did not hear %s", type(message).__name__)
+
+    def _on_message(self, message: Outbound) -> None:
+        match message:
+            case Outputs(outputs):
+                self._deaths_in_a_row = 0
+                self._table.deliver(outputs)
+            case Stats(stats):
+                self._answer_stats(stats)
+            case Loading(step):
+                self._on_loading(step)
+            case Ready(info):
+                self._on_ready(info)
+            case LoadFailed(error):
+                self._give_up(error)
+
+    def _on_ready(self, info: EngineInfo) -> None:
+        self._info = info
+        if self._status == "restarting":
+            requests = self._table.requests()
+            log.warning("the engine is back; taking up %d calls again", len(requests))
+            for request in requests:
+                self._send(Add(request))
+        self._status = "running"
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+
+    def _on_death(self, pipe: Connection) -> None:
+        if pipe is not self._pipe or self._status in ("stopped", "failed"):
+            return
+        self._answer_stats()
+        pipe.close()
+        self._table.crashed(MAX_CRASHES_PER_REQUEST)
+        if self._status == "starting":
+            self._give_up(ModelLoadError(f"The engine process died while loading {self._config.model}."))
+            return
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > MAX_RESTARTS_IN_A_ROW:
+            self._give_up(RuntimeError(f"the engine died {self._deaths_in_a_row} times in a row"))
+            return
+        log.error("the engine process died (%d in a row); starting it again", self._deaths_in_a_row)
+        self._status = "restarting"
+        self._restarts += 1
+        self._spawn()
+
+    def _give_up(self, error: Exception) -> None:
+        self._status = "failed"
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
+        else:
+            log.error("the engine is given up: %s", error)
+        self._table.fail_all(f"the engine is given up: {error}")
+
+    def _answer_stats(self, stats: EngineStats | None = None) -> None:
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_result(stats or self._stats)
