@@ -189,3 +189,15 @@ def max_model_len(config: EngineConfig, hf: Any) -> int:
             f"{config.model} answers correctly. Give at most {limit}."
         )
     return config.max_model_len or limit
+
+
+def eos_token_ids(config: EngineConfig, model: nn.Module) -> frozenset[int]:
+    """End-of-sequence ids: of the generation config where there is one, else of the model's config."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(resolve(config), revision=config.revision).eos_token_id
+    except OSError:
+        hf: Any = model.config
+        ids = hf.get_text_config().eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,47 @@
+# Everything a newcomer needs; `make demo` and `make test` set up what they need themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch: constraints.txt pins the version that has a CPU build; see there.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (first time: a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed; this is $$($(PYTHON) --version). Use: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed ## the virtual environment, with everything in it
+
+demo: setup ## a map-reduce chain over a document, three ways (DOC=path for your own text)
+	@$(BIN)/macaw demo $(if $(DOC),--doc '$(DOC)')
+
+check: setup ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: check ## check, then all tests
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: setup ## the quick loop: everything not marked slow
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+bench: setup ## attention: two-phase against unshared, in alternation
+	@$(BIN)/python tests/bench/attention.py
+
+format: setup ## let ruff write
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## remove what was built
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

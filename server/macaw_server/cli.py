@@ -1,0 +1,106 @@
+"""The `macaw` command: ``macaw serve`` here; other packages add theirs by the entry point group ``macaw.commands``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from macaw_server.config import ServerConfig
+from macaw_server.errors import ConfigError, StartupError
+
+app = typer.Typer(
+    name="macaw",
+    help="Serve LLM applications: programs of many calls, scheduled end to end.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `serve` a sub-command even when it is the only one."""
+
+
+def serve(**flags: Any) -> None:
+    """Serve MODEL over HTTP: OpenAI's endpoints, and programs."""
+    from macaw_server.serve import run_server
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        run_server(_config(flags), console)
+    except StartupError as e:
+        console.print(f"[red]error:[/] {type(e).__name__}: ", e, sep="", markup=True, style=None)
+        raise typer.Exit(2 if isinstance(e, ConfigError) else 1) from e
+
+
+def _config(flags: dict[str, Any]) -> ServerConfig:
+    """Flags win over ``MACAW_*`` variables, which win over defaults.
+
+    Raises:
+        ConfigError: Each wrong flag or variable by name, with what was seen and what is accepted.
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    try:
+        return ServerConfig(**given)
+    except ValidationError as e:
+        lines = []
+        for error in e.errors():
+            name = str(error["loc"][0]) if error["loc"] else ""
+            source = _flag(name) if name in given else f"MACAW_{name.upper()}"
+            lines.append(f"{source}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("\n".join(lines)) from e
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}" if name != "model" else "MODEL"
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """One typer parameter for one field of the configuration; pydantic does the parsing, so most are strings."""
+    default = "" if field.default in (None, ()) else f" (default: {field.default})"
+    text = f"{field.description}{default}"
+    kind: Any = field.annotation
+    if get_origin(kind) is tuple:
+        kind = list[str]
+    elif get_origin(kind) is not Literal:
+        kind = str
+    metavar = None if get_origin(kind) is Literal else "VALUE"
+    spec = typer.Argument(help=text) if name == "model" else typer.Option(_flag(name), help=text, metavar=metavar)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, spec],
+    )
+
+
+def _derive(command: Any, config: type[ServerConfig]) -> Any:
+    """Give `command` one flag for each field, so that flags and configuration cannot drift apart."""
+    order = sorted(config.model_fields.items(), key=lambda item: item[0] != "model")
+    command.__signature__ = inspect.Signature([_parameter(name, field) for name, field in order])
+    command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}
+    return command
+
+
+app.command()(_derive(serve, ServerConfig))
+for _entry in entry_points(group="macaw.commands"):
+    try:
+        app.command(name=_entry.name)(_entry.load())
+    except ImportError:  # its extra is not installed
+        continue
+
+
+def main() -> None:
+    """Entry point of the `macaw` script."""
+    app(prog_name="macaw")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Sampling: greedy, filters, penalties, reproducibility, log-probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from macaw_server.engine.sampler import Row, sample, uniform
+from macaw_server.engine.types import SamplingParams
+
+LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]))
+
+
+def draw(num: int, *, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: float) -> Counter[int]:
+    """How often each token comes up over `num` seeds, from one batch."""
+    rows = [Row(SamplingParams(max_tokens=9, seed=seed, **params), (*prompt, *output), len(prompt)) for seed in range(num)]
+    return Counter(choice.token for choice in sample(LOGITS.repeat(num, 1), rows))
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert draw(50, temperature=0) == {0: 50}
+
+
+def test_draws_follow_the_distribution() -> None:
+    counts = draw(20_000, temperature=1.0)
+    for token, probability in enumerate([0.5, 0.25, 0.15, 0.07, 0.03]):
+        assert counts[token] / 20_000 == pytest.approx(probability, abs=0.015)
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    weights = torch.softmax(LOGITS / 0.5, dim=0)
+    assert draw(20_000, temperature=0.5)[0] / 20_000 == pytest.approx(weights[0].item(), abs=0.015)
+    assert draw(4_000, temperature=2.0)[4] > draw(4_000, temperature=1.0)[4]
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 1}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_p": 0.9}, {0, 1, 2}),
+        ({"min_p": 0.29}, {0, 1, 2}),
+        ({"min_p": 0.51}, {0}),
+        ({"top_k": 3, "top_p": 0.6}, {0, 1}),
+    ],
+)
+def test_filters_keep_exactly_the_nucleus(params: dict[str, float], allowed: set[int]) -> None:
+    assert set(draw(3_000, temperature=1.0, **params)) == allowed
+
+
+def test_filters_of_one_row_do_not_touch_another() -> None:
+    rows = [Row(SamplingParams(1, seed=s, top_k=1 if s % 2 else 0), (0,), 1) for s in range(2_000)]
+    choices = [choice.token for choice in sample(LOGITS.repeat(2_000, 1), rows)]
+    assert set(choices[1::2]) == {0}
+    assert set(choices[0::2]) == {0, 1, 2, 3, 4}
+
+
+def test_penalties_and_bias() -> None:
+    assert draw(1, temperature=0, output=(0,), presence_penalty=2.0) == {1: 1}
+    assert draw(1, temperature=0, output=(0, 0, 0), frequency_penalty=0.3) == {1: 1}
+    assert draw(1, temperature=0, output=(0,), frequency_penalty=0.3) == {0: 1}
+    assert draw(1, temperature=0, prompt=(0,), presence_penalty=2.0) == {0: 1}, "the prompt is not penalised"
+    assert draw(1, temperature=0, prompt=(0,), repetition_penalty=3.0) == {1: 1}, "repetition counts the prompt"
+    biased = Row(SamplingParams(1, temperature=0, logit_bias={4: 100.0}), (0,), 1)
+    assert sample(LOGITS.clone()[None], [biased])[0].token == 4
+
+
+def test_min_tokens_holds_stop_tokens_back() -> None:
+    params = SamplingParams(9, temperature=0, stop_token_ids=frozenset({0}), min_tokens=2)
+    assert sample(LOGITS.clone()[None], [Row(params, (7, 1), 1)])[0].token == 1
+    assert sample(LOGITS.clone()[None], [Row(params, (7, 1, 1), 1)])[0].token == 0
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
+    row = Row(SamplingParams(9, seed=123), (5, 6, 7), 1)
+    alone = sample(LOGITS.clone()[None], [row])[0].token
+    others = [Row(SamplingParams(9, seed=s, top_k=3), (1,), 1) for s in range(7)]
+    assert sample(LOGITS.repeat(8, 1), [*others, row])[7].token == alone
+
+
+def test_uniform_is_uniform_over_index_and_seed() -> None:
+    for numbers in ([uniform(1, i) for i in range(10_000)], [uniform(i, 1) for i in range(10_000)]):
+        assert all(0 <= u < 1 for u in numbers)
+        histogram = Counter(int(u * 10) for u in numbers)
+        assert all(850 < histogram[bucket] < 1_150 for bucket in range(10))
+
+
+def test_logprobs_are_the_models_own() -> None:
+    row = Row(SamplingParams(9, temperature=0, logprobs=2, logit_bias={3: 50.0}), (0,), 1)
+    choice = sample(LOGITS.clone()[None], [row])[0]
+    assert choice.token == 3
+    assert choice.logprobs is not None
+    assert choice.logprobs.logprob == pytest.approx(LOGITS[3].item(), abs=1e-5)
+    assert [token for token, _ in choice.logprobs.top] == [0, 1]
+
+
+def test_logits_that_are_not_numbers_are_reported_for_that_row_only() -> None:
+    logits = LOGITS.repeat(2, 1)
+    logits[0, 2] = torch.nan
+    rows = [Row(SamplingParams(1, seed=1), (0,), 1), Row(SamplingParams(1, temperature=0), (0,), 1)]
+    assert [choice.token for choice in sample(logits, rows)] == [None, 0]
