@@ -20,8 +20,8 @@
     │   └── InternalServerError      internal_error
     └── ConnectionFailedError   no server answered, or the connection broke
 
-Every class but the inner nodes stands for the wire codes beside it; `error_from_wire` picks the class by code, and
-`MacawError.to_wire` writes OpenAI's error object, so both ends raise the same thing.
+Every class but the inner nodes stands for the wire codes beside it; `error_from_wire` picks the class by
+code, and `MacawError.to_wire` writes OpenAI's error object, so both ends raise the same thing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class MacawError(Exception):
 
 
 def _rebuild(
-    cls: type[MacawError], message: str, code: str, param: str | None, status: int, retry_after_s: float | None
+    cls: type[MacawError],
+    message: str,
+    code: str,
+    param: str | None,
+    status: int,
+    retry_after_s: float | None,
 ) -> MacawError:
     return cls(message, code=code, param=param, status=status, retry_after_s=retry_after_s)
 
@@ -201,12 +206,23 @@ _BY_CODE: dict[str, type[MacawError]] = {
 def error_from_wire(
     error: dict[str, Any], *, status: int | None = None, retry_after_s: float | None = None
 ) -> MacawError:
-    """Build the exception for an error object; an unknown code becomes a plain `MacawError` that keeps it."""
-    code = str(error.get("code") or "internal_error")
-    return _BY_CODE.get(code, MacawError)(
-        str(error.get("message", "")),
+    """Build the exception for an error object; a foreign code is kept, and the status picks the class."""
+    code = str(error.get("code") or "")
+    return (_BY_CODE.get(code) or error_class_of_status(status))(
+        str(error.get("message") or ""),
         code=code,
         param=error.get("param"),
         status=status,
         retry_after_s=retry_after_s,
+    )
+
+
+def error_class_of_status(status: int | None) -> type[MacawError]:
+    """The class for an HTTP status alone: answers of proxies and other servers have no code of ours."""
+    if status is None:
+        return MacawError
+    if not 400 <= status < 500:
+        return ServerError
+    return {401: UnauthorizedError, 403: UnauthorizedError, 404: NotFoundError, 429: OverloadedError}.get(
+        status, RequestError
     )
