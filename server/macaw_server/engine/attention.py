@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from macaw_kernels import AttentionPlan, attend, store_kv
+from macaw_kernels import AttentionPlan, HeadConfig, attend, store_kv
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -32,15 +32,12 @@ class UnsupportedAttentionError(Exception):
 class LayerSpec:
     """The shape of one attention layer, as seen in a forward pass."""
 
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
+    heads: HeadConfig
     window: int | None
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one page of this layer takes, K and V."""
-        return page_size * self.num_kv_heads * (self.head_dim + self.v_head_dim) * dtype.itemsize
+        return page_size * self.heads.kv_elements * dtype.itemsize
 
 
 class PagedKV:
@@ -59,12 +56,12 @@ class PagedKV:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def pages(spec: LayerSpec, head_dim: int) -> Tensor:
-            return torch.empty(num_pages, page_size, spec.num_kv_heads, head_dim, dtype=dtype, device=device)
+        def pages(heads: HeadConfig, head_dim: int) -> Tensor:
+            return torch.empty(num_pages, page_size, heads.num_kv_heads, head_dim, dtype=dtype, device=device)
 
-        self.num_pages, self.page_size = num_pages, page_size
-        self.keys = {i: pages(spec, spec.head_dim) for i, spec in layers.items()}
-        self.values = {i: pages(spec, spec.v_head_dim) for i, spec in layers.items()}
+        self.page_size = page_size
+        self.keys = {i: pages(spec.heads, spec.heads.head_dim) for i, spec in layers.items()}
+        self.values = {i: pages(spec.heads, spec.heads.v_head_dim) for i, spec in layers.items()}
 
 
 @dataclass(slots=True)
@@ -72,15 +69,15 @@ class BatchContext:
     """What attention needs to know of the current step.
 
     Attributes:
-        plan: The attention plan of the batch; the same for all layers.
+        plans: The attention plan of the batch for each head shape among the layers.
         slot_mapping: ``[total_tokens]`` int64, page * page_size + offset, where each token's K/V goes.
         kv: The page tensors; None while the layers are being discovered.
         seen: Filled on the way: the layers that called, and their shapes.
     """
 
-    plan: AttentionPlan | None
-    slot_mapping: Tensor | None
-    kv: PagedKV | None
+    plans: dict[HeadConfig, AttentionPlan] = field(default_factory=dict)
+    slot_mapping: Tensor | None = None
+    kv: PagedKV | None = None
     seen: dict[int, LayerSpec] = field(default_factory=dict)
 
 
@@ -146,10 +143,11 @@ def paged_attention(
         raise UnsupportedAttentionError(f"{type(module).__name__} has no layer_idx")
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [total_tokens, heads, dim]
-    spec = LayerSpec(q.shape[1], k.shape[1], k.shape[2], v.shape[2], sliding_window or None)
-    if batch.seen.setdefault(layer, spec) is not spec and batch.kv is None:
+    heads = HeadConfig(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
+    if layer in batch.seen:
         raise UnsupportedAttentionError(f"two attention layers share layer_idx {layer}")
-    if batch.kv is None or batch.plan is None or batch.slot_mapping is None:  # discovering the layers
+    batch.seen[layer] = LayerSpec(heads, sliding_window or None)
+    if batch.kv is None or batch.slot_mapping is None:  # discovering the layers
         return query.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
 
     k_pages, v_pages = batch.kv.keys[layer], batch.kv.values[layer]
@@ -158,7 +156,7 @@ def paged_attention(
         q,
         k_pages,
         v_pages,
-        batch.plan,
+        batch.plans[heads],
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window or None,
         soft_cap=softcap,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from macaw_kernels import DeviceProfile
+from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
@@ -51,15 +52,7 @@ class EngineCore:
         self._runner = ModelRunner(
             model, layers, num_pages=pool.num_pages, page_size=config.page_size, dtype=dtype, profile=profile
         )
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs),
-                max_model_len=pool.max_model_len,
-            ),
-            KVCache(pool.num_pages, config.page_size),
-            make_policy(config.policy),
-        )
+        self._config = config
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
@@ -73,6 +66,7 @@ class EngineCore:
             dtype=str(dtype).removeprefix("torch."),
             eos_token_ids=loader.eos_token_ids(config, model),
         )
+        self._scheduler = self._new_scheduler()
 
     @property
     def has_work(self) -> bool:
@@ -82,9 +76,11 @@ class EngineCore:
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; the answer, if there is one, is its refusal."""
         try:
-            self._scheduler.add(request, time.monotonic())
+            sequence = self._scheduler.add(request, time.monotonic())
         except ValueError as e:
             return EngineOutput(request.request_id, error=("context_length_exceeded", str(e)))
+        if sequence.finish_reason is not None:  # taken up again after its last token
+            return EngineOutput(request.request_id, finish_reason=sequence.finish_reason)
         return None
 
     def abort(self, request_id: str) -> None:
@@ -102,7 +98,7 @@ class EngineCore:
             sampled = self._run(batch)
         except Exception as e:
             log.exception("a step of %d sequences failed", len(batch.chunks))
-            return self._drop(batch, ("internal_error", f"The engine's step failed: {type(e).__name__}: {e}"))
+            return self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
         done = time.perf_counter()
         outputs = self._postprocess(batch, sampled)
         self._steps += 1
@@ -115,3 +111,61 @@ class EngineCore:
         stats = self._scheduler.stats()
         stats.steps, stats.forward_s, stats.overhead_s = self._steps, self._forward_s, self._overhead_s
         return stats
+
+    def _new_scheduler(self) -> Scheduler:
+        config = SchedulerConfig(
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
+            max_model_len=self.info.max_model_len,
+        )
+        cache = KVCache(self.info.num_pages, self.info.page_size)
+        return Scheduler(config, cache, make_policy(self._config.policy))
+
+    def _run(self, batch: ScheduledBatch) -> dict[str, Sampled]:
+        """Forward pass and sampling; the choice of each sequence that samples."""
+        chunks = [
+            Chunk(c.sequence.token_ids[c.start : c.start + c.length], c.start, c.sequence.block_table, c.samples)
+            for c in batch.chunks
+        ]
+        logits = self._runner.run(chunks)
+        sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+        rows = [Row(s.request.sampling, s.token_ids, len(s.request.prompt_ids)) for s in sequences]
+        return {s.request_id: choice for s, choice in zip(sequences, sample(logits, rows), strict=True)}
+
+    def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Sampled]) -> list[EngineOutput]:
+        """Append the tokens, end what is at its end, and say what happened to whom."""
+        outputs = {
+            s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted
+        }
+        tokens: dict[str, int] = {}
+        for request_id, choice in sampled.items():
+            output = outputs.setdefault(request_id, EngineOutput(request_id))
+            if choice.token is None:
+                output.error = ("internal_error", "The model's logits are not numbers; are its weights sound?")
+                self._scheduler.abort(request_id, keep_pages=False)
+                continue
+            tokens[request_id] = choice.token
+            output.token_ids = [choice.token]
+            output.logprobs = None if choice.logprobs is None else [choice.logprobs]
+        for sequence in self._scheduler.update(batch, tokens):
+            outputs[sequence.request_id].finish_reason = sequence.finish_reason
+        return list(outputs.values())
+
+    def _recover(self, batch: ScheduledBatch, message: str) -> list[EngineOutput]:
+        """After a failed step: its sequences end with an error; all others start again on an empty cache.
+
+        What the failed step has written to its pages is unknown, so nothing of the cache is kept.
+        """
+        failed = {chunk.sequence.request_id for chunk in batch.chunks}
+        others = [s for s in self._scheduler.sequences if s.request_id not in failed]
+        self._scheduler = self._new_scheduler()
+        now_s = time.monotonic()
+        for sequence in others:
+            outputs = sequence.token_ids[len(sequence.request.prompt_ids) :]
+            self._scheduler.add(replace(sequence.request, output_ids=outputs), now_s)
+        return [EngineOutput(request_id, error=("internal_error", message)) for request_id in failed]
+
+
+def _profile(sharing: str) -> DeviceProfile:
+    """The attention planner's cost model for `--sharing`."""
+    return {"auto": CPU_TORCH, "always": ALWAYS_SHARE, "never": NEVER_SHARE}[sharing]

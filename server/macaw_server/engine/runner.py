@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from macaw_kernels import DeviceProfile, HeadConfig, plan
+from macaw_kernels import DeviceProfile, plan
 from torch import Tensor, nn
 
 from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV, current_batch
@@ -56,8 +56,7 @@ class ModelRunner:
         self._device = next(model.parameters()).device
         self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
         self._profile = profile
-        first = layers[min(layers)]
-        self._heads = HeadConfig(first.num_q_heads, first.num_kv_heads, first.head_dim, first.v_head_dim)
+        self._heads = {spec.heads for spec in layers.values()}
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
@@ -86,15 +85,13 @@ class ModelRunner:
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         rows = [end - 1 for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples]
 
+        tables = [chunk.block_table for chunk in chunks]
+        context_lens, query_lens = (starts + lengths).tolist(), lengths.tolist()
         batch = BatchContext(
-            plan=plan(
-                [chunk.block_table for chunk in chunks],
-                (starts + lengths).tolist(),
-                lengths.tolist(),
-                self._heads,
-                self._profile,
-                page_size,
-            ),
+            plans={
+                heads: plan(tables, context_lens, query_lens, heads, self._profile, page_size)
+                for heads in self._heads
+            },
             slot_mapping=torch.from_numpy(slots).to(self._device),
             kv=self._kv,
         )

@@ -87,7 +87,7 @@ def _discover(model: nn.Module) -> dict[int, LayerSpec]:
     config: Any = model.config
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
     device = next(model.parameters()).device
-    with current_batch(BatchContext(plan=None, slot_mapping=None, kv=None)) as batch:
+    with current_batch(BatchContext()) as batch:
         model(
             input_ids=torch.tensor([[0, 1]], device=device),
             position_ids=torch.tensor([[0, 1]], device=device),
