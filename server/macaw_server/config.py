@@ -65,7 +65,7 @@ class EngineConfig(BaseModel):
         default="auto", description="Two-phase attention over shared prefixes: by cost model, or forced, or off."
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="CPU threads of the engine; default: all cores."
+        default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )
     seed: int = Field(default=0, description="Seed of dummy weights.")
 

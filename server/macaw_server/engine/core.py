@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,13 +36,15 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         hf = loader.load_config(config)
         profile = _profile(config.sharing)
         model = loader.load_model(config, hf, device, dtype, on_loading)
+        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        if device.type == "cpu":
+            # Below this size the threads' meeting points cost more than a second thread brings.
+            torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1))
         on_loading("checking the model's attention against transformers")
         layers = prepare(model, config.model, profile)
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in layers.values())
@@ -61,7 +64,7 @@ class EngineCore:
             page_size=config.page_size,
             num_pages=pool.num_pages,
             page_bytes=page_bytes,
-            weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            weight_bytes=weight_bytes,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             eos_token_ids=loader.eos_token_ids(config, model),

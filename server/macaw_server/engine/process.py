@@ -159,6 +159,9 @@ class EngineProcess:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
+        # Threads that spin while they wait for each other starve on a core that the HTTP side needs too; OpenMP
+        # reads this once, when the child imports torch.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(
             target=_worker, args=(self._config, theirs), name="macaw-engine", daemon=True

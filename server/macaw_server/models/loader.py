@@ -131,7 +131,9 @@ def load_model(config: EngineConfig, hf: Any, device: torch.device, dtype: torch
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # `progress` tells the same
     if config.load_format == "dummy" or config.model == DEMO_MODEL:
         progress(f"making random weights for {config.model}")
         # The caller's random state is none of our business.
@@ -139,7 +141,9 @@ def load_model(config: EngineConfig, hf: Any, device: torch.device, dtype: torch
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager")
         return model.to(device).eval()  # type: ignore[no-any-return]
-    progress(f"reading the weights of {config.model}")
+    files = [f for pattern in ("*.safetensors", "*.bin") for f in Path(resolve(config)).glob(pattern)]
+    size = f" ({sum(f.stat().st_size for f in files) / 1e9:.1f} GB)" if files else ""
+    progress(f"reading the weights of {config.model}{size}")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             resolve(config),
