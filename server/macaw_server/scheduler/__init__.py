@@ -1,0 +1,25 @@
+"""Which calls run in the next step, and in what order. Pure: no clock, no I/O, no tensors."""
+
+from macaw_server.scheduler.policy import AGEING_S, AppPolicy, FcfsPolicy, Policy, make_policy
+from macaw_server.scheduler.scheduler import Scheduler
+from macaw_server.scheduler.types import (
+    ScheduledBatch,
+    ScheduledChunk,
+    SchedulerConfig,
+    Sequence,
+    SequenceStatus,
+)
+
+__all__ = [
+    "AGEING_S",
+    "AppPolicy",
+    "FcfsPolicy",
+    "Policy",
+    "ScheduledBatch",
+    "ScheduledChunk",
+    "Scheduler",
+    "SchedulerConfig",
+    "Sequence",
+    "SequenceStatus",
+    "make_policy",
+]

@@ -1,0 +1,213 @@
+"""The KV cache as the scheduler sees it: pages per request, on top of the page pool and the radix tree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from macaw_server.kvcache.page_pool import PagePool
+from macaw_server.kvcache.radix_tree import Node, RadixTree
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """The pages of one live request.
+
+    Attributes:
+        request_id: Whose.
+        block_table: Its pages in order. The first `num_tree_pages` are the tree's, held by a lock; the
+            request owns the others.
+        num_computed: Tokens from the front whose K/V is there, cached or scheduled.
+        num_cached: Tokens found in the cache at admission.
+        num_tree_pages: See `block_table`.
+        node: End of the locked path.
+        admitted_at: Logical time of the tree at admission.
+    """
+
+    request_id: str
+    block_table: list[int]
+    num_computed: int
+    num_cached: int
+    num_tree_pages: int
+    node: Node
+    admitted_at: int
+
+
+class Blocked(NamedTuple):
+    """A request that would compute what another one is computing.
+
+    Attributes:
+        owner: The request to wait for.
+        num_pages: Pages of the shared prefix; admission makes sense when the owner has computed so many.
+    """
+
+    owner: str
+    num_pages: int
+
+
+class KVCache:
+    """Gives pages to requests and keeps what they computed.
+
+    Every page is free, or in the tree, or owned by one live request. A page counts as ready from the moment
+    at which the chunk that ends it is scheduled: a step stores all K/V of its batch in a layer before that
+    layer's attention runs, so later chunks of the same batch may read it. The caller runs every batch it has
+    scheduled; if a batch fails on the way, the contents of the pages are unknown, and the cache has to be
+    made anew.
+
+    Args:
+        num_pages: Pages in the pool.
+        page_size: Tokens per page.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.tree = RadixTree(page_size)
+        self.num_evicted = 0
+        self._live: dict[str, Allocation] = {}
+
+    @property
+    def num_pages(self) -> int:
+        """Pages there are."""
+        return self.pool.num_pages
+
+    @property
+    def num_available(self) -> int:
+        """Pages that no live request holds: free ones and those that can be evicted."""
+        return self.pool.num_free + self.tree.num_evictable
+
+    def admit(
+        self, request_id: str, token_ids: list[int], salt: str = "", *, reserve: int = 0
+    ) -> Allocation | Blocked | None:
+        """Find the cached prefix and allocate pages for the rest of the tokens, all or nothing.
+
+        At least the last token is left to compute. The full pages that are to be computed are in the tree
+        from now on, so that others wait for them.
+
+        Args:
+            request_id: Of a request that holds no pages.
+            token_ids: At least one.
+            salt: Namespace of the tenant.
+            reserve: Pages that must be available afterwards.
+
+        Returns:
+            None if there are not enough pages, and `Blocked` if another request is computing part of the
+            prefix.
+        """
+        assert request_id not in self._live, f"request {request_id!r} already holds pages"
+        match = self.tree.match_prefix(token_ids, salt, max_pages=(len(token_ids) - 1) // self.page_size)
+        if match.owner is not None:
+            self.tree.touch(match.node)  # so that an owner that is cancelled leaves what it has computed
+            return Blocked(match.owner, len(match.pages))
+        node = self.tree.lock(match)
+        num_cached = len(match.pages)
+        num_new = -(-len(token_ids) // self.page_size) - num_cached
+        if not self._make_room(num_new, reserve):
+            self.tree.unlock(node)
+            return None
+        new_pages = self.pool.allocate(num_new)
+        num_full = len(token_ids) // self.page_size
+        leaf = self.tree.insert_pending(
+            node,
+            token_ids[num_cached * self.page_size : num_full * self.page_size],
+            new_pages[: num_full - num_cached],
+            request_id,
+        )
+        allocation = Allocation(
+            request_id=request_id,
+            block_table=match.pages + new_pages,
+            num_computed=num_cached * self.page_size,
+            num_cached=num_cached * self.page_size,
+            num_tree_pages=num_cached if leaf is node else num_full,
+            node=leaf,
+            admitted_at=node.last_access,
+        )
+        self._live[request_id] = allocation
+        return allocation
+
+    def extend(self, allocation: Allocation) -> bool:
+        """Add one page for decoding; False if none is available."""
+        if not self._make_room(1, 0):
+            return False
+        allocation.block_table += self.pool.allocate(1)
+        return True
+
+    def mark_computed(self, allocation: Allocation, num_tokens: int) -> None:
+        """Note that the next `num_tokens` tokens are scheduled; pages that they fill are ready."""
+        allocation.num_computed += num_tokens
+        assert allocation.num_computed <= len(allocation.block_table) * self.page_size, (
+            f"{allocation.num_computed} tokens computed in {len(allocation.block_table)} pages"
+        )
+        node = allocation.node
+        if node.owner is not None:
+            first = allocation.num_tree_pages - len(node.pages)
+            self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))
+
+    def release(self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True) -> None:
+        """End a request's hold on its pages.
+
+        Args:
+            allocation: Not to be used afterwards.
+            token_ids: Its tokens, at least those computed.
+            insert_into_tree: Keep all full computed pages, prompt and output, for later requests. Otherwise
+                only what others have used stays: the request's own pages, also those in the tree, are free at
+                once.
+        """
+        del self._live[allocation.request_id]
+        size, private = self.page_size, allocation.block_table[allocation.num_tree_pages :]
+        node, pending = self.tree.drop_pending(allocation.node)
+        self.pool.free(pending)
+        num_kept = allocation.num_computed // size - allocation.num_tree_pages
+        if insert_into_tree and num_kept > 0:
+            start = allocation.num_tree_pages * size
+            tokens = token_ids[start : start + num_kept * size]
+            private = private[num_kept:] + self.tree.insert(node, tokens, private[:num_kept])
+        self.pool.free(private)
+        if insert_into_tree:
+            self.tree.touch(node)
+        else:
+            own = allocation.num_tree_pages - len(pending) - allocation.num_cached // size
+            node, dropped = self.tree.drop_unshared(node, own, allocation.admitted_at)
+            self.pool.free(dropped)
+        self.tree.unlock(node)
+
+    def check(self) -> None:
+        """Assert what must always hold; linear in the pages, for tests."""
+        held = Counter[int]()
+        locks = Counter[int]()
+        for live in self._live.values():
+            held.update(live.block_table[live.num_tree_pages :])
+            path = list(self.tree.path(live.node))
+            locks.update(id(node) for node in path)
+            pages = [page for node in reversed(path) for page in node.pages]
+            assert pages == live.block_table[: live.num_tree_pages], (
+                f"{live.request_id}: {pages} is not its path"
+            )
+        unlocked = 0
+        for node in self.tree.nodes():
+            held.update(node.pages)
+            assert node.lock_count == locks[id(node)], f"{node.lock_count} locks, {locks[id(node)]} paths"
+            assert len(node.tokens) == len(node.pages) * self.page_size
+            assert node.pages or node.parent is None, "a node without pages"
+            assert node.pages or node.children or node.lock_count, f"an empty root for {node.salt!r}"
+            assert (node.owner is None) == (node.num_ready == len(node.pages))
+            if node.owner is not None:
+                assert self._live[node.owner].node is node
+                assert node.lock_count == 1
+                assert not node.children
+            unlocked += 0 if node.lock_count else len(node.pages)
+        held.update(page for page in range(self.num_pages) if self.pool.is_free(page))
+        assert held == Counter(range(self.num_pages)), f"pages held {held}, there are {self.num_pages}"
+        assert unlocked == self.tree.num_evictable, (
+            f"{unlocked} pages unlocked, {self.tree.num_evictable} counted"
+        )
+
+    def _make_room(self, num_pages: int, reserve: int) -> bool:
+        if self.num_available < num_pages + reserve:
+            return False
+        if (missing := num_pages - self.pool.num_free) > 0:
+            pages = self.tree.evict(missing)
+            self.num_evicted += len(pages)
+            self.pool.free(pages)
+        return True

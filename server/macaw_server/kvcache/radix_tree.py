@@ -1,0 +1,355 @@
+"""Which pages hold which prefix: a radix tree over full pages, one root per tenant.
+
+A page is found only by the exact tokens of everything up to its end, below the root of its salt. Edges are
+compressed: a node holds a run of pages and is split at a page boundary where two prompts part.
+(RadixAttention: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024,
+section 3; pending pages are ours.)
+
+Pages are **ready** or **pending**. A request puts the pages of its prompt into the tree before it computes
+them, and is their owner until they are ready; whoever runs into pending pages knows whom to wait for. Pending
+pages are the tail of a node that has no children and that nobody but the owner has locked, because nobody
+gets past them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+PageKey = tuple[int, ...]
+"""The tokens of one page."""
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A run of pages below one parent.
+
+    Attributes:
+        salt: The tenant's namespace.
+        parent: None for a root, which has no pages.
+        tokens: Tokens of the run, ``len(pages) * page_size`` of them.
+        pages: Page numbers, owned by the tree.
+        num_ready: Pages from the front whose K/V is there for any chunk scheduled from now on.
+        owner: The request that computes the rest; None when all are ready.
+        children: By the tokens of their first page.
+        lock_count: Live requests whose path goes through here; the node stays while it is not 0.
+        last_access: Logical time of the last use.
+        queued: Whether the node has an entry in the eviction heap.
+    """
+
+    salt: str
+    parent: Node | None = None
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_ready: int = 0
+    owner: str | None = None
+    children: dict[PageKey, Node] = field(default_factory=dict)
+    lock_count: int = 0
+    last_access: int = 0
+    queued: bool = False
+
+
+class Match(NamedTuple):
+    """The longest path for some tokens.
+
+    Attributes:
+        node: Where it ends; a root if nothing was found.
+        num_in_node: How many of that node's pages belong to it.
+        pages: All pages of the path.
+    """
+
+    node: Node
+    num_in_node: int
+    pages: list[int]
+
+    @property
+    def owner(self) -> str | None:
+        """Whom to wait for: the request that still computes pages of the path, if any."""
+        return self.node.owner if self.num_in_node > self.node.num_ready else None
+
+
+def least_recently_used(node: Node) -> int:
+    """The default eviction value."""
+    return node.last_access
+
+
+class RadixTree:
+    """Prefixes by tokens; owns the pages it holds and hands them over when it evicts.
+
+    Args:
+        page_size: Tokens per page.
+        eviction_value: The leaf with the smallest value is evicted first. A value that rises while its node
+            rests is seen at the next eviction, one that falls when the node is next unlocked.
+    """
+
+    def __init__(self, page_size: int, eviction_value: Callable[[Node], float] = least_recently_used) -> None:
+        if page_size < 1:
+            raise ValueError(f"A page of {page_size} tokens cannot hold one; use a page size of at least 1.")
+        self.page_size = page_size
+        self.num_pages = 0
+        self.num_evictable = 0
+        self._eviction_value = eviction_value
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self._heap: list[tuple[float, int, Node]] = []
+        self._num_queued = 0  # breaks ties in the heap
+
+    # -- finding and holding ---------------------------------------------------------------------------------
+
+    def match_prefix(self, tokens: list[int], salt: str, max_pages: int) -> Match:
+        """Find the longest prefix of at most `max_pages` full pages, pending ones included."""
+        node, num_in_node = self._roots.get(salt) or Node(salt), 0
+        pages: list[int] = []
+        limit = min(max_pages, len(tokens) // self.page_size)
+        while len(pages) < limit and num_in_node == len(node.pages):
+            child = node.children.get(self._key(tokens, len(pages)))
+            if child is None:
+                break
+            num_in_node = self._common_pages(child, tokens, len(pages), limit)
+            pages += child.pages[:num_in_node]
+            node = child
+        return Match(node, num_in_node, pages)
+
+    def lock(self, match: Match) -> Node:
+        """Hold the path of a match whose pages are all ready; returns the node to give to `unlock`."""
+        node = match.node
+        assert match.num_in_node <= node.num_ready, (
+            f"{match.num_in_node} pages locked, {node.num_ready} are ready"
+        )
+        if match.num_in_node < len(node.pages):
+            node = self._split(node, match.num_in_node)
+        for ancestor in self.path(node):
+            if ancestor.lock_count == 0:
+                self.num_evictable -= len(ancestor.pages)
+            ancestor.lock_count += 1
+            if ancestor.parent is None:
+                self._roots.setdefault(ancestor.salt, ancestor)
+        self.touch(node)
+        return node
+
+    def touch(self, node: Node) -> None:
+        """Note a use of the path."""
+        self._clock += 1
+        for ancestor in self.path(node):
+            ancestor.last_access = self._clock
+
+    def unlock(self, node: Node) -> None:
+        """Let go of a path."""
+        assert node.owner is None, f"node with {len(node.pages) - node.num_ready} pending pages let go"
+        for ancestor in self.path(node):
+            assert ancestor.lock_count > 0, (
+                f"node of {len(ancestor.pages)} pages unlocked more often than locked"
+            )
+            ancestor.lock_count -= 1
+            if ancestor.lock_count == 0:
+                self.num_evictable += len(ancestor.pages)
+                self._settle(ancestor)
+
+    # -- growing ---------------------------------------------------------------------------------------------
+
+    def insert_pending(self, node: Node, tokens: list[int], pages: list[int], owner: str) -> Node:
+        """Add pages that `owner`, who has locked `node`, is about to compute; its lock moves to the result.
+
+        Nothing is added (and `node` returned) when `pages` is empty or its first page is already there: the
+        owner then keeps them to itself.
+        """
+        if not pages or self._key(tokens, 0) in node.children:
+            return node
+        child = self._add_child(node, tokens, pages, num_ready=0)
+        child.owner, child.lock_count, child.last_access = owner, 1, node.last_access
+        return child
+
+    def set_ready(self, node: Node, num_ready: int) -> None:
+        """Declare the first `num_ready` pages of a pending node computed."""
+        assert node.num_ready <= num_ready <= len(node.pages), (
+            f"{num_ready} pages ready after {node.num_ready}, of {len(node.pages)}"
+        )
+        node.num_ready = num_ready
+        if num_ready == len(node.pages):
+            node.owner = None
+
+    def insert(self, node: Node, tokens: list[int], pages: list[int]) -> list[int]:
+        """Add computed pages below `node`; returns those the tree has no use for, which stay the caller's.
+
+        These are duplicates of pages that it holds, and all pages behind one that another request is
+        computing.
+        """
+        unused: list[int] = []
+        while len(unused) < len(pages):
+            child = node.children.get(self._key(tokens, len(unused)))
+            if child is None:
+                leaf = self._add_child(node, tokens[len(unused) * self.page_size :], pages[len(unused) :])
+                self.num_evictable += len(leaf.pages)
+                self.touch(leaf)
+                self._settle(leaf)
+                break
+            common = self._common_pages(child, tokens, len(unused), len(pages))
+            if common > child.num_ready:
+                return pages
+            unused += pages[len(unused) : len(unused) + common]
+            if common < len(child.pages) and len(unused) < len(pages):
+                child = self._split(child, common)
+            node = child
+        return unused
+
+    def root(self, salt: str) -> Node:
+        """The root of a namespace, made if need be."""
+        return self._roots.setdefault(salt, Node(salt))
+
+    # -- shrinking -------------------------------------------------------------------------------------------
+
+    def drop_pending(self, node: Node) -> tuple[Node, list[int]]:
+        """Take out what the owner of a node has not computed; returns what it still holds, and the pages."""
+        if node.owner is None:
+            return node, []
+        assert node.lock_count == 1, f"pending node with {node.lock_count} locks"
+        node.owner = None
+        pages = self._cut(node, node.num_ready)
+        if node.pages:
+            return node, pages
+        assert node.parent is not None
+        return node.parent, pages
+
+    def drop_unshared(self, node: Node, num_pages: int, since: int) -> tuple[Node, list[int]]:
+        """Take out the end of a path that the caller has locked, as far as nobody else has used it.
+
+        Args:
+            node: End of the path, nothing pending.
+            num_pages: Pages that may go, counted from the end of the path; a node boundary.
+            since: Logical time (`Node.last_access`) after which a use was somebody else's.
+
+        Returns:
+            What the caller still holds, and the pages.
+        """
+        dropped: list[int] = []
+        while (
+            len(dropped) < num_pages
+            and node.lock_count == 1
+            and not node.children
+            and node.last_access <= since
+        ):
+            assert node.parent is not None
+            dropped += self._cut(node, 0)
+            node = node.parent
+        return node, dropped
+
+    def evict(self, n: int) -> list[int]:
+        """Take out up to `n` pages: smallest value first, a leaf from its end; O(log nodes) per leaf."""
+        evicted: list[int] = []
+        while len(evicted) < n and self._heap:
+            value, _, node = heapq.heappop(self._heap)
+            node.queued = False
+            if node.lock_count or node.children or not node.pages:
+                continue  # settles again when that changes
+            if (now := self._eviction_value(node)) > value:
+                self._enqueue(node, now)
+                continue
+            pages = self._cut(node, max(0, len(node.pages) - (n - len(evicted))))
+            self.num_evictable -= len(pages)
+            evicted += pages
+            self._settle(node)
+        return evicted
+
+    # -- looking ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def path(node: Node) -> Iterator[Node]:
+        """The node and its ancestors, root last."""
+        at: Node | None = node
+        while at is not None:
+            yield at
+            at = at.parent
+
+    @property
+    def salts(self) -> set[str]:
+        """Namespaces that hold a page or a lock."""
+        return set(self._roots)
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, parents first, roots included."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def _key(self, tokens: list[int], i_page: int) -> PageKey:
+        return tuple(tokens[i_page * self.page_size : (i_page + 1) * self.page_size])
+
+    def _common_pages(self, child: Node, tokens: list[int], start: int, limit: int) -> int:
+        """How many pages of `child` equal those of `tokens` from page `start` on; the first is known to.
+
+        Bisecting leaves the comparison of tokens to list slices: linear in C, logarithmic in Python.
+        """
+        same, most, offset, size = (
+            1,
+            min(len(child.pages), limit - start),
+            start * self.page_size,
+            self.page_size,
+        )
+        while same < most:
+            mid = (same + most + 1) // 2
+            if child.tokens[same * size : mid * size] == tokens[offset + same * size : offset + mid * size]:
+                same = mid
+            else:
+                most = mid - 1
+        return same
+
+    def _add_child(
+        self, node: Node, tokens: list[int], pages: list[int], num_ready: int | None = None
+    ) -> Node:
+        assert len(tokens) == len(pages) * self.page_size, f"{len(tokens)} tokens for {len(pages)} pages"
+        child = Node(node.salt, node, tokens, pages, len(pages) if num_ready is None else num_ready)
+        node.children[self._key(tokens, 0)] = child
+        self.num_pages += len(pages)
+        return child
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Move the first pages of a node to a new parent and return that; whoever holds `node` holds both."""
+        parent, cut = node.parent, num_pages * self.page_size
+        assert parent is not None, "a root has no pages to split"
+        assert 0 < num_pages <= node.num_ready, f"split at page {num_pages}, {node.num_ready} are ready"
+        upper = Node(
+            node.salt,
+            parent,
+            node.tokens[:cut],
+            node.pages[:num_pages],
+            num_pages,
+            lock_count=node.lock_count,
+        )
+        upper.last_access = node.last_access
+        parent.children[self._key(node.tokens, 0)] = upper
+        node.parent, node.num_ready = upper, node.num_ready - num_pages
+        del node.tokens[:cut], node.pages[:num_pages]
+        upper.children[self._key(node.tokens, 0)] = node
+        return upper
+
+    def _cut(self, node: Node, num_pages: int) -> list[int]:
+        """Keep the first pages of a leaf and return the others; a leaf with none left goes."""
+        pages = node.pages[num_pages:]
+        self.num_pages -= len(pages)
+        if num_pages == 0:
+            assert node.parent is not None, "a root has no pages to cut"
+            del node.parent.children[self._key(node.tokens, 0)]
+            self._settle(node.parent)
+        del node.pages[num_pages:], node.tokens[num_pages * self.page_size :]
+        node.num_ready = min(node.num_ready, num_pages)
+        return pages
+
+    def _settle(self, node: Node) -> None:
+        """An unlocked node that has no children can be evicted; such a root is forgotten."""
+        if node.lock_count or node.children:
+            return
+        if node.parent is None:
+            self._roots.pop(node.salt, None)
+        elif node.pages and not node.queued:
+            self._enqueue(node, self._eviction_value(node))
+
+    def _enqueue(self, node: Node, value: float) -> None:
+        node.queued = True
+        self._num_queued += 1
+        heapq.heappush(self._heap, (value, self._num_queued, node))

@@ -1,0 +1,143 @@
+"""A stand-in for the engine: runs batches on the memory model and samples by a hash of all tokens so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from macaw_server.engine.types import CallClass, CallHints, EngineRequest, SamplingParams
+from macaw_server.kvcache import KVCache
+from macaw_server.scheduler import Policy, ScheduledBatch, Scheduler, SchedulerConfig, Sequence, make_policy
+from server.kvcache.kv_memory import KVMemory, prefix_hashes
+
+STOP = 9
+
+
+def request(
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int = 4,
+    *,
+    salt: str = "",
+    output: tuple[int, ...] = (),
+    stop: frozenset[int] = frozenset(),
+    min_tokens: int = 0,
+    call_class: CallClass = CallClass.LATENCY,
+    depth: int = 0,
+    arrival_s: float = 0.0,
+) -> EngineRequest:
+    sampling = SamplingParams(max_tokens, stop_token_ids=stop, min_tokens=min_tokens)
+    hints = CallHints(call_class=call_class, depth=depth, arrival_s=arrival_s)
+    return EngineRequest(request_id, prompt, sampling, salt, hints, list(output))
+
+
+def sample(tokens: list[int]) -> int:
+    """Tokens of a small alphabet, so that outputs meet prompts; a tenth of them end the sequence."""
+    return (0, 0, 0, 1, 1, 2, 2, 3, 3, STOP)[prefix_hashes("sample", tokens)[-1] % 10]
+
+
+def generate(asked: EngineRequest, max_len: int, sampler: Callable[[list[int]], int] = sample) -> list[int]:
+    """The outputs that a request must get, whatever happens around it."""
+    tokens, sampling = asked.prompt_ids + asked.output_ids, asked.sampling
+    while True:
+        output = tokens[len(asked.prompt_ids) :]
+        if output and output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
+            return output
+        if len(output) >= sampling.max_tokens or len(tokens) >= max_len:
+            return output
+        tokens = [*tokens, sampler(tokens)]
+
+
+class EngineModel:
+    """A scheduler and the memory it manages; every step is checked for wrong reads and for work done twice."""
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 2,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 100,
+        max_prefill_chunk: int | None = None,
+        policy: str | Policy = "fcfs",
+        sampler: Callable[[list[int]], int] = sample,
+    ) -> None:
+        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk)
+        self.cache = KVCache(num_pages, page_size)
+        self.scheduler = Scheduler(
+            config, self.cache, make_policy(policy) if isinstance(policy, str) else policy
+        )
+        self.memory = KVMemory(self.cache)
+        self.sampler = sampler
+        self.now_s = 1.0
+        self.sequences: dict[str, Sequence] = {}
+        self.finished: list[str] = []
+
+    @property
+    def max_len(self) -> int:
+        return min(self.scheduler.config.max_model_len, self.cache.num_pages * self.cache.page_size)
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 4, **kwargs) -> Sequence:
+        sequence = self.scheduler.add(request(request_id, prompt, max_tokens, **kwargs), self.now_s)
+        self.sequences[request_id] = sequence
+        if sequence.finish_reason:
+            self.finished.append(request_id)
+        return sequence
+
+    def step(self) -> ScheduledBatch:
+        before = self.memory.ready_prefixes()
+        batch = self.scheduler.schedule(self.now_s)
+        self.now_s += 0.01
+        held = self.memory.prefixes()  # what was ready before and has not been evicted since
+        self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
+        self.cache.check()
+        sampled = {c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples}
+        self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
+        self.memory.ready_prefixes()
+        self.cache.check()
+        return batch
+
+    def run(self, max_steps: int = 500) -> list[ScheduledBatch]:
+        """Steps until there is no work; fails if that takes more than `max_steps`."""
+        batches = []
+        while self.scheduler.has_work:
+            assert len(batches) < max_steps, f"work left after {max_steps} steps"
+            batches.append(self.step())
+        return batches
+
+    def _run(self, batch: ScheduledBatch, ready: dict[int, int]) -> None:
+        config, size = self.scheduler.config, self.cache.page_size
+        assert batch.num_tokens <= config.max_num_batched_tokens
+        assert len({chunk.sequence.request_id for chunk in batch.chunks}) == len(batch.chunks)
+        assert self.scheduler.stats().running <= config.max_num_seqs
+        for chunk in batch.chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
+            tokens = sequence.token_ids
+            assert 1 <= chunk.length <= (config.max_prefill_chunk or chunk.length)
+            assert chunk.samples == (end == len(tokens))
+            hashes = prefix_hashes(sequence.request.salt, tokens)
+            self.memory.check(sequence.block_table, hashes, start)  # computed before, or by an earlier chunk
+            self.memory.write(sequence.block_table, hashes, start, end)
+            for i_page in range(start // size, min(end // size, (len(tokens) - 1) // size)):
+                content, page = hashes[(i_page + 1) * size - 1], sequence.block_table[i_page]
+                assert ready.setdefault(content, page) == page, f"{sequence.request_id} recomputes page {page}"
+        for preempted in batch.preempted:
+            assert preempted not in [chunk.sequence for chunk in batch.chunks]
+
+    def check_finished(self, sequence: Sequence) -> None:
+        """Assert that a sequence ended as it would have ended alone."""
+        expected = generate(sequence.request, self.max_len, self.sampler)
+        output = sequence.token_ids[len(sequence.request.prompt_ids) :]
+        assert output == expected, f"{sequence.request_id}: {output}, expected {expected}"
+        sampling = sequence.request.sampling
+        stopped = len(output) > sampling.min_tokens and output[-1] in sampling.stop_token_ids
+        assert sequence.finish_reason == ("stop" if stopped else "length")
+
+    def check_no_leak(self) -> None:
+        """Assert that all pages are there when nothing runs."""
+        assert not self.scheduler.has_work
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+        self.cache.pool.free(self.cache.tree.evict(self.cache.num_pages))
+        assert self.cache.pool.num_free == self.cache.num_pages
+        assert self.cache.tree.salts == set()
