@@ -1,0 +1,219 @@
+"""How each kind of Runnable is lowered; see `langchain_macaw.lowering`.
+
+A rule computes what `invoke` would return, with `Variable` and `Answer` in place of what models have yet to write, and
+raises whatever it likes where it cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from langchain_core.caches import BaseCache
+from langchain_core.globals import get_llm_cache
+from langchain_core.load import dumps
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import ChatGeneration
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.runnables import (
+    RouterRunnable,
+    Runnable,
+    RunnableAssign,
+    RunnableBinding,
+    RunnableConfig,
+    RunnableLambda,
+    RunnableParallel,
+    RunnablePassthrough,
+    RunnablePick,
+    RunnableSequence,
+    RunnableWithFallbacks,
+)
+from langchain_core.runnables.base import RunnableBindingBase, RunnableEach
+from langchain_core.runnables.configurable import DynamicRunnable
+from langchain_core.runnables.retry import RunnableRetry
+
+from langchain_macaw.chat_models import ChatMacaw
+from langchain_macaw.lowering import Lowering, Scope, rule
+from langchain_macaw.templates import RequestTemplate, request_body, request_template
+from langchain_macaw.sentinel import (
+    OPAQUE,
+    Answer,
+    Deferred,
+    NotStatic,
+    Opaque,
+    StandIns,
+    Variable,
+    is_symbolic,
+)
+
+_TAKEN_BY_LANGCHAIN = {
+    "ls_structured_output_format",
+    "structured_output_format",
+}  # arguments that the model never sees
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composition
+
+
+@rule(RunnableSequence)
+def _sequence(lowering: Lowering, sequence: RunnableSequence[Any, Any], value: Any, scope: Scope) -> Any:
+    for i, step in enumerate(sequence.steps):
+        value = lowering.lower(step, value, scope if i == 0 else scope.at())
+    return value
+
+
+@rule(RunnableParallel)
+def _parallel(lowering: Lowering, parallel: RunnableParallel[Any], value: Any, scope: Scope) -> Any:
+    return {key: lowering.lower(step, value, scope.at(f"/{key}")) for key, step in parallel.steps__.items()}
+
+
+@rule(RunnableAssign)
+def _assign(lowering: Lowering, assign: RunnableAssign, value: Any, scope: Scope) -> Any:
+    assigned = lowering.lower(assign.mapper, value, scope.at())
+    return {**_known_dict(value), **assigned}
+
+
+@rule(RunnableEach)
+def _each(lowering: Lowering, each: RunnableEach[Any, Any], value: Any, scope: Scope) -> Any:
+    if not isinstance(value, list | tuple):
+        return OPAQUE
+    return [
+        lowering.lower(each.bound, item, replace(scope.at(f"[{i}]"), kwargs=scope.kwargs))
+        for i, item in enumerate(value)
+    ]
+
+
+@rule(RouterRunnable)
+def _router(lowering: Lowering, router: RouterRunnable[Any], value: Any, scope: Scope) -> Any:
+    return lowering.lower(router.runnables[value["key"]], value["input"], scope.at(f"/{value['key']}"))
+
+
+@rule(RunnableBinding, RunnableRetry)
+def _binding(lowering: Lowering, binding: RunnableBindingBase[Any, Any], value: Any, scope: Scope) -> Any:
+    """A retry is planned for its first attempt; another attempt is an ordinary request."""
+    inner = replace(
+        scope,
+        kwargs={**binding.kwargs, **scope.kwargs},
+        configurable={**binding.config.get("configurable", {}), **scope.configurable},
+    )
+    return lowering.lower(binding.bound, value, inner)
+
+
+@rule(DynamicRunnable)
+def _configurable(lowering: Lowering, dynamic: DynamicRunnable[Any, Any], value: Any, scope: Scope) -> Any:
+    runnable, config = dynamic.prepare(RunnableConfig(configurable=dict(scope.configurable)))
+    return lowering.lower(runnable, value, replace(scope, configurable=config.get("configurable", {})))
+
+
+@rule(RunnableWithFallbacks)
+def _with_fallbacks(
+    lowering: Lowering, runnable: RunnableWithFallbacks[Any, Any], value: Any, scope: Scope
+) -> Any:
+    """The first choice is planned; a fallback runs natively."""
+    return lowering.lower(runnable.runnable, value, scope)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+@rule(RunnablePassthrough)
+def _passthrough(lowering: Lowering, passthrough: RunnablePassthrough[Any], value: Any, scope: Scope) -> Any:
+    """A function on the side is a client step, but what comes out is what went in."""
+    return value
+
+
+@rule(RunnablePick)
+def _pick(lowering: Lowering, pick: RunnablePick, value: Any, scope: Scope) -> Any:
+    known = _known_dict(value)
+    if isinstance(pick.keys, str):
+        return known.get(pick.keys)
+    return {key: known[key] for key in pick.keys if key in known} or None
+
+
+@rule(RunnableLambda)
+def _lambda(lowering: Lowering, step: RunnableLambda[Any, Any], value: Any, scope: Scope) -> Any:
+    """Of all functions, `operator.itemgetter` is the one that is known not to look at what it moves."""
+    function = getattr(step, "func", None)
+    if type(function) is not operator.itemgetter or hasattr(step, "afunc") or scope.kwargs:
+        return OPAQUE
+    return function(value)
+
+
+@rule(StrOutputParser)
+def _text(lowering: Lowering, parser: StrOutputParser, value: Any, scope: Scope) -> Any:
+    if type(parser) is not StrOutputParser:  # a subclass may read the text
+        return OPAQUE
+    match value:
+        case Answer(variable):
+            return variable
+        case Variable() | str():
+            return value
+        case BaseMessage():
+            return parser.parse_result([ChatGeneration(message=value)])
+    return OPAQUE
+
+
+@rule(BasePromptTemplate)
+def _prompt(lowering: Lowering, prompt: BasePromptTemplate[Any], value: Any, scope: Scope) -> Any:
+    if _selects_examples(prompt):
+        return OPAQUE
+    if not is_symbolic(value):
+        return prompt._format_prompt_with_error_handling(value)
+
+    @functools.cache  # several models may read this prompt
+    def build(stand_ins: StandIns) -> Any:
+        return prompt._format_prompt_with_error_handling(stand_ins.fill(value))
+
+    return Deferred(build)
+
+
+def _selects_examples(prompt: Any) -> bool:
+    """An example selector may be a search in a vector store: a client step inside a prompt."""
+    if getattr(prompt, "example_selector", None) is not None:
+        return True
+    return any(_selects_examples(message) for message in getattr(prompt, "messages", []))
+
+
+def _known_dict(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise NotStatic("The keys of a value are not known ahead.")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@rule(ChatMacaw)
+def _model(lowering: Lowering, model: ChatMacaw, value: Any, scope: Scope) -> Any:
+    if isinstance(value, Opaque) or not model._can_join(lowering.model):
+        return OPAQUE
+    kwargs = {name: arg for name, arg in scope.kwargs.items() if name not in _TAKEN_BY_LANGCHAIN}
+    if is_symbolic(value):
+        template = request_template(
+            lambda stand_ins: model._get_request_payload(stand_ins.fill(value), **kwargs), lowering.stand_ins
+        )
+    elif not lowering.streaming and (message := _cached_answer(model, value, kwargs)) is not None:
+        return message
+    else:
+        template = RequestTemplate(request_body(model._get_request_payload(value, **kwargs)))
+    return lowering.add_call(model, template, scope.path)
+
+
+def _cached_answer(model: ChatMacaw, value: Any, kwargs: Mapping[str, Any]) -> BaseMessage | None:
+    """The answer in LangChain's own cache, by the key that `BaseChatModel` uses."""
+    cache = model.cache if isinstance(model.cache, BaseCache) else get_llm_cache()
+    if cache is None or model.cache is False:
+        return None
+    messages = [
+        message.model_copy(update={"id": None}) for message in model._convert_input(value).to_messages()
+    ]
+    stop, rest = kwargs.get("stop"), {name: arg for name, arg in kwargs.items() if name != "stop"}
+    generations = cache.lookup(dumps(messages), model._get_llm_string(stop=stop, **rest))
+    return cast("ChatGeneration", generations[0]).message if generations else None
