@@ -158,15 +158,3 @@ def save_model(folder: Path, model_type: str, seed: int = 0, **overrides: Any) -
     tokenizer().save_pretrained(folder)
     return model
 
-
-def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """What transformers itself generates, without a stop at the end-of-sequence token."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0, use_cache=True
-        ),
-    )
-    return out[0, len(prompt) :].tolist()

@@ -51,6 +51,7 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
     """Choose one token for each row.
 

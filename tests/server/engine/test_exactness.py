@@ -29,10 +29,10 @@ def prompts() -> list[list[int]]:
 
 def expected(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
     """transformers' tokens and their log-probabilities."""
+    model.generation_config.eos_token_id = None  # generate falls back on it
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=NUM_OUTPUT,
-        eos_token_id=None,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,

@@ -1,0 +1,254 @@
+"""From a configuration to a running server: in the foreground (`macaw serve`), or in a thread (`LocalServer`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import uvicorn
+from rich.console import Console
+from rich.markup import escape
+
+from macaw_server.config import ServerConfig
+from macaw_server.engine.process import EngineProcess
+from macaw_server.engine.thread import EngineThread
+from macaw_server.engine.types import Engine
+from macaw_server.errors import PortInUseError
+from macaw_server.http import create_app
+from macaw_server.models.loader import DEMO_MODEL, load_tokenizer
+from macaw_server.service import ProgramService, ServedModel, ServiceConfig
+
+CLOSE_CONNECTIONS_S = 5
+"""How long connections may take to close when all programs have ended."""
+
+
+def run_server(config: ServerConfig, console: Console) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second signal does not wait for running programs.
+
+    Raises:
+        StartupError: The server cannot start; the message says why and what to do.
+    """
+    sock = bind(config.host, config.port)
+    try:
+        asyncio.run(_serve(config, sock, console))
+    finally:
+        sock.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port before the model loads, so that a port in use is said at once.
+
+    Raises:
+        PortInUseError: It is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as e:
+        sock.close()
+        if e.errno == errno.EADDRINUSE:
+            raise PortInUseError(
+                f"Port {port} on {host} is in use. Stop what listens there, or give another --port (0 picks a free one)."
+            ) from e
+        raise PortInUseError(f"Cannot listen on {host}:{port}: {e}. Give an address of this machine as --host.") from e
+    return sock
+
+
+def make_service(config: ServerConfig, engine: Engine) -> ProgramService:
+    """The service over one engine, which may still be loading.
+
+    Raises:
+        ModelLoadError: The tokenizer cannot be loaded.
+    """
+    model = ServedModel(config.model_name, load_tokenizer(config.engine()), engine, created=int(time.time()))
+    return ProgramService(
+        [model],
+        ServiceConfig(
+            api_keys=config.api_key,
+            max_body_bytes=config.max_body_size,
+            max_live_calls=config.max_live_calls,
+        ),
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: who runs it decides when it ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http_server(service: ProgramService, log_level: str) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            create_app(service),
+            log_level=log_level,
+            lifespan="off",
+            timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
+            access_log=log_level == "debug",
+        )
+    )
+
+
+async def _serve(config: ServerConfig, sock: socket.socket, console: Console) -> None:
+    started = time.perf_counter()
+    with console.status(f"loading {escape(config.model_name)}") as status:
+
+        def on_loading(step: str) -> None:
+            status.update(escape(step))
+            console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {escape(step)}[/]")
+
+        engine = EngineProcess(config.engine(), on_loading)
+        service = make_service(config, engine)
+        await engine.start()
+    server = _http_server(service, "warning" if config.log_level == "info" else config.log_level)
+    _announce(config, engine, sock, console, time.perf_counter() - started)
+    stopper = _Stopper(service, server, config.shutdown_timeout_s, console)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        stopper.close()
+        await engine.stop()
+        console.print("stopped")
+
+
+class _Stopper:
+    """On the first signal lets running programs end for a bounded time; on the second does not wait."""
+
+    def __init__(self, service: ProgramService, server: _Server, timeout_s: float, console: Console) -> None:
+        self._service, self._server, self._timeout_s, self._console = service, server, timeout_s, console
+        self._task: asyncio.Task[None] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._server.should_exit = self._server.force_exit = True
+            return
+        self._console.print(
+            f"stopping: no new work, running programs have {self._timeout_s:g} s (once more to stop at once)"
+        )
+        self._task = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._service.drain(self._timeout_s)
+        self._server.should_exit = True
+
+
+def _announce(
+    config: ServerConfig, engine: Engine, sock: socket.socket, console: Console, seconds: float
+) -> None:
+    info = engine.info
+    facts: dict[str, Any] = {
+        "model": f"{config.model_name} ({info.weight_bytes / 1e6:,.0f} MB of weights, {info.dtype} on {info.device})",
+        "context": f"{info.max_model_len:,} tokens",
+        "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {info.num_pages * info.page_bytes / 2**20:,.0f} MiB",
+        "API keys": len(config.api_key) or "none: everybody who reaches the port is served",
+        "ready in": f"{seconds:.1f} s",
+    }
+    for name, value in facts.items():
+        console.print(f"  {name:9} {value}")
+    if config.model == DEMO_MODEL:
+        console.print("  [yellow]macaw-demo has random weights: what it writes is noise[/]")
+    console.print(f"Macaw is serving at {_url(sock)}/v1", style="bold")
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class LocalServer:
+    """A whole server in this process, for tests and notebooks: ``with LocalServer() as server: server.url``.
+
+    It listens on a free port of 127.0.0.1; the engine runs in a thread, so `torch.set_num_threads` of this process
+    changes with it.
+
+    Args:
+        config: Fields of `ServerConfig`; `host` and `port` default to a free port of 127.0.0.1.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self.config = ServerConfig(**{"host": "127.0.0.1", "port": 0, **config})
+        self._socket: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: _Server | None = None
+        self.service: ProgramService | None = None
+
+    @property
+    def url(self) -> str:
+        """Such as ``http://127.0.0.1:43211``; OpenAI clients take it with ``/v1`` behind."""
+        if self._socket is None:
+            raise RuntimeError("the server is not running; call start(), or use it in a with statement")
+        return _url(self._socket)
+
+    def start(self) -> Self:
+        """Load the model and listen; returns when requests are answered.
+
+        Raises:
+            StartupError: As for `macaw serve`.
+        """
+        self._socket = bind(self.config.host, self.config.port)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="macaw-server", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            self._socket.close()
+            raise self._failure
+        return self
+
+    def stop(self) -> None:
+        """Cancel what runs, and stop."""
+        if self._loop is not None and self._server is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(setattr, self._server, "should_exit", True)
+            self._thread.join()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._thread = self._loop = self._server = None
+
+    async def _main(self) -> None:
+        engine = EngineThread(self.config.engine())
+        try:
+            self.service = make_service(self.config, engine)
+            await engine.start()
+        except BaseException as e:
+            self._failure = e
+            self._ready.set()
+            return
+        self._loop, self._server = asyncio.get_running_loop(), _http_server(self.service, "warning")
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket] if self._socket else []))
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.001)
+        self._ready.set()
+        await serving
+        await self.service.drain(0)
+        await engine.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
