@@ -40,7 +40,10 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         raise ValueError(f"{len(outs)} outs and {len(lses)} lses; as many of each, and at least one")
     o = outs if isinstance(outs, Tensor) else torch.stack(tuple(outs))
     lse = lses if isinstance(lses, Tensor) else torch.stack(tuple(lses))
-    merged = torch.logsumexp(lse, dim=0)
-    # Where all are empty the merged lse is -inf: subtract 0 there, so that the weights are 0 and not NaN.
-    weight = torch.exp(lse - merged.masked_fill(merged == -torch.inf, 0.0)).unsqueeze(-1)
-    return AttentionState((o * weight).masked_fill(weight == 0, 0.0).sum(dim=0), merged)
+    top = lse.amax(dim=0)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # where all are empty the weights become 0, not NaN
+    weight = torch.exp(lse - top).unsqueeze(-1)
+    total = weight.sum(dim=0)
+    # Divided by their sum, the weights are exact however large the scores are.
+    mean = (o * weight).masked_fill(weight == 0, 0.0).sum(dim=0) / total.masked_fill(total == 0, 1.0)
+    return AttentionState(mean, top + total.squeeze(-1).log())

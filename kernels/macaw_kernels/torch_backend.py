@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macaw_kernels.merge import AttentionState, merge_states
+from macaw_kernels.merge import AttentionState
 from macaw_kernels.torch_layout import Index, Layout, Tile, build_layout
 from macaw_kernels.types import AttentionPlan
 
@@ -48,8 +48,10 @@ def attend(
     scratch: _Scratch = plan.cache.setdefault(("torch", "scratch", q.device), _Scratch())
     slots_k, slots_v = k_pages.view(-1, *k_pages.shape[2:]), v_pages.view(-1, *v_pages.shape[2:])
 
-    o = q.new_empty(layout.num_states, heads.num_q_heads, heads.v_head_dim, dtype=torch.float32)
-    lse = q.new_empty(layout.num_states, heads.num_q_heads, dtype=torch.float32)
+    shape = (layout.num_states, heads.num_q_heads, heads.v_head_dim)
+    in_place = not layout.waves and out.dtype == torch.float32
+    o = out if in_place else q.new_empty(shape, dtype=torch.float32)
+    lse = q.new_empty(shape[:2], dtype=torch.float32)
     for tile in layout.tiles:
         b, m = tile.num_spans, tile.num_rows
         b_q = q[tile.rows].float().view(b, m, heads.num_kv_heads, heads.group_size, heads.head_dim)
@@ -57,16 +59,18 @@ def attend(
         b_v = _gather("v", slots_v, tile.slots, scratch).view(b, tile.num_keys, *slots_v.shape[1:])
         b_q, b_k, b_v = b_q.permute(0, 2, 3, 1, 4), b_k.transpose(1, 2), b_v.transpose(1, 2)
         state = _tile_state(b_q, b_k, b_v, tile, scale, soft_cap)
-        o[tile.states] = state.o.permute(0, 3, 1, 2, 4).reshape(b * m, *o.shape[1:])
-        lse[tile.states] = state.lse.permute(0, 3, 1, 2).reshape(b * m, -1)
+        o[tile.states] = state.o.permute(0, 3, 1, 2, 4).reshape(-1, *shape[1:])
+        lse[tile.states] = state.lse.permute(0, 3, 1, 2).reshape(-1, shape[1])
 
-    for wave in layout.waves:
-        merged = merge_states((o[wave.rows], o[wave.states]), (lse[wave.rows], lse[wave.states]))
-        o[wave.rows], lse[wave.rows] = merged
+    for wave in layout.waves:  # `merge_states` of two, both known to have keys
+        lse_a, lse_b = lse[wave.rows], lse[wave.states]
+        o[wave.rows] = torch.lerp(o[wave.rows], o[wave.states], torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+        lse[wave.rows] = torch.logaddexp(lse_a, lse_b)
     o, lse = o[: plan.num_tokens], lse[: plan.num_tokens]
     if sinks is not None:  # one more key with logit `sinks` and value 0
         o *= torch.sigmoid(lse - sinks.float()).unsqueeze(-1)
-    out.copy_(o)
+    if not in_place:
+        out.copy_(o)
 
 
 def _layout(plan: AttentionPlan, window: int | None, device: torch.device) -> Layout:

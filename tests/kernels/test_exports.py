@@ -1,0 +1,24 @@
+"""The public names."""
+
+from __future__ import annotations
+
+import macaw_kernels
+
+
+def test_exported_names() -> None:
+    assert macaw_kernels.__all__ == [
+        "ALWAYS_SHARE",
+        "CPU_TORCH",
+        "NEVER_SHARE",
+        "AttentionPlan",
+        "AttentionState",
+        "DeviceProfile",
+        "HeadConfig",
+        "WorkItem",
+        "attend",
+        "merge_states",
+        "plan",
+        "reference_attend",
+        "store_kv",
+    ]
+    assert all(hasattr(macaw_kernels, name) for name in macaw_kernels.__all__)
