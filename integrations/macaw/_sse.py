@@ -21,8 +21,8 @@ class ServerSentEvent(NamedTuple):
 class SSEDecoder:
     """Incremental parser: chunks may end anywhere, also within a character or between CR and LF.
 
-    An event that the stream's end cuts off is dropped, as the standard says: who reconnects gets it again. The
-    `retry` field is not used: how long to wait is for the one who reconnects to say.
+    An event that the stream's end cuts off is dropped, as the standard says: who reconnects gets it again.
+    The `retry` field is not used: how long to wait is for the one who reconnects to say.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ T = TypeVar("T")
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 CONNECT_TIMEOUT_S = 10.0
 MAX_BACKOFF_S = 10.0
-# Idle connections are dropped before uvicorn does so (after 5 s): no request goes out on one being closed.
-LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=4.0)
+KEEPALIVE_S = 4.0
+"""Less than uvicorn's 5 s, so that no request goes out on a connection that the server is closing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,16 @@ class Endpoint:
         key = api_key or os.environ.get("MACAW_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), headers, **patience)
+
+    def http_options(self) -> dict[str, Any]:
+        """Keyword arguments of an httpx client."""
+        limits = httpx.Limits(
+            max_connections=1000, max_keepalive_connections=100, keepalive_expiry=KEEPALIVE_S
+        )
+        if self.root.startswith("https:"):
+            return {"limits": limits}
+        # Loading the trusted certificates takes 50 ms, for nothing where all is http. This one trusts nobody.
+        return {"limits": limits, "verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}
 
     def request_arguments(self, operation: Operation[Any]) -> dict[str, Any]:
         """Keyword arguments of httpx's `build_request`."""

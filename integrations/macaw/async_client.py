@@ -40,7 +40,7 @@ class AsyncMacawClient:
             backoff_s=backoff_s,
         )
         self._owns_http = http_client is None
-        self._http = http_client or httpx.AsyncClient(limits=_transport.LIMITS)
+        self._http = http_client or httpx.AsyncClient(**self._endpoint.http_options())
 
     async def run_program(self, request: ProgramRequest) -> ProgramState:
         """Run a program to its end. Its failure is in the state: `ProgramState.result` raises it."""
@@ -111,7 +111,7 @@ class AsyncMacawClient:
         return stream
 
     async def _open(self, operation: _transport.Operation[Any]) -> httpx.Response:
-        """Send a request, again while the server is overloaded. A stream's answer comes with its body unread."""
+        """Send a request, again while the server is overloaded; a stream's answer has its body unread."""
         attempt = 0
         while True:
             with self._endpoint.connection_errors():

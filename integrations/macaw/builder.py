@@ -49,9 +49,7 @@ class ProgramBuilder:
 
     The name of a call or a transform is its id and its output's name; where none is given, one is made up. An
     option that does not exist raises pydantic's ValidationError at once; the graph is checked by the server.
-
-    Args:
-        model: For calls without a `model` of their own.
+    `model` is for calls without one of their own.
 
     Example:
         >>> b = ProgramBuilder()
@@ -70,11 +68,11 @@ class ProgramBuilder:
 
     def variable(self, name: str | None = None, *, value: str) -> Ref:
         """A text that is known now. What only one prompt uses may as well stand in that prompt."""
-        return self._add_variable(self._pick_name(name, "variable"), Variable(value=value))
+        return self._add_variable(name, Variable(value=value))
 
     def external(self, name: str | None = None) -> Ref:
         """A text that the client sets later, by `MacawClient.set_variable`."""
-        return self._add_variable(self._pick_name(name, "external"), Variable(external=True))
+        return self._add_variable(name, Variable(external=True))
 
     def chat(
         self, *prompt: str | Ref, system: Text | None = None, name: str | None = None, **options: Any
@@ -88,12 +86,10 @@ class ProgramBuilder:
 
         Args:
             messages: OpenAI's, with `Text` as `content`.
-            name: Of the call and its output.
             **options: Other fields of OpenAI's request, such as `max_tokens` and `temperature`.
         """
         typed = [Message(**{**message, "content": _parts(message["content"])}) for message in messages]
-        request = ChatCompletionRequest(messages=typed, **options)
-        return self._add_call(self._pick_name(name, "chat"), request)
+        return self._add_call(self._pick_name(name, "chat"), ChatCompletionRequest(messages=typed, **options))
 
     def complete(self, *prompt: str | Ref, name: str | None = None, **options: Any) -> Ref:
         """A text completion, without a chat template; see `call`."""
@@ -134,17 +130,18 @@ class ProgramBuilder:
         self._names.add(name)
         return name
 
-    def _add(self, kind: str, item: Call | Transform | Target) -> None:
-        for graph in (self._whole, self._new):
-            getattr(graph, kind).append(item)
-
-    def _add_variable(self, name: str, variable: Variable) -> Ref:
+    def _add_variable(self, name: str | None, variable: Variable) -> Ref:
+        name = self._pick_name(name, "external" if variable.external else "variable")
         self._whole.variables[name] = self._new.variables[name] = variable
         return Ref(name)
 
     def _add_call(self, name: str, request: ChatCompletionRequest | CompletionRequest) -> Ref:
         self._add("calls", Call(id=name, output=name, request=request))
         return Ref(name)
+
+    def _add(self, kind: str, item: Call | Transform | Target) -> None:
+        for graph in (self._whole, self._new):
+            getattr(graph, kind).append(item)
 
 
 def _parts(text: Text) -> list[TextPart | VariablePart]:

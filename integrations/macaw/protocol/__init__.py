@@ -1,8 +1,8 @@
 """The wire protocol: pydantic types shared by client and server.
 
-OpenAI's chat completion request is the unit. A **call** is such a request in which text may also be a variable;
-a **program** is calls, variables, transforms and targets. A field that is not listed here is refused by name,
-never accepted and ignored.
+OpenAI's chat completion request is the unit. A **call** is such a request in which text may also be a
+variable; a **program** is calls, variables, transforms and targets. A field that is not listed here is
+refused by name, never accepted and ignored.
 """
 
 from macaw.protocol.answers import (
