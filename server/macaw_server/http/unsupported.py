@@ -1,0 +1,108 @@
+"""OpenAI's request fields that Macaw knows and does not serve: refused by name, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+_CONSTRAINED = "Constrained decoding is not served yet"
+_TOOLS = "Tool calls are not served yet; describe the tools in the prompt and parse the answer"
+_TEXT_ONLY = "Macaw serves text only"
+_HOSTED = "It is a feature of OpenAI's own service"
+
+_GENERATION = {
+    "service_tier": _HOSTED,
+    "safety_identifier": _HOSTED + "; user takes an identifier",
+    "prompt_cache_key": "Prefixes are cached without it",
+    "prompt_cache_retention": "Prefixes are cached without it",
+}
+_CHAT = _GENERATION | {
+    "tools": _TOOLS,
+    "tool_choice": _TOOLS,
+    "functions": _TOOLS,
+    "function_call": _TOOLS,
+    "parallel_tool_calls": _TOOLS,
+    "audio": _TEXT_ONLY,
+    "modalities": _TEXT_ONLY,
+    "prediction": "Predicted outputs are not served",
+    "reasoning_effort": "The effort is the model's own",
+    "verbosity": "The length is the model's own; max_tokens bounds it",
+    "web_search_options": _HOSTED,
+    "moderation": _HOSTED,
+    "store": _HOSTED,
+    "metadata": "Labels belong to a program: metadata of POST /v1/programs",
+}
+_COMPLETION = _GENERATION | {
+    "echo": "The prompt is not repeated",
+    "suffix": "Text is only continued, not filled in",
+    "best_of": "Ask for n answers and pick one",
+}
+_MESSAGE = {
+    "tool_calls": _TOOLS,
+    "tool_call_id": _TOOLS,
+    "function_call": _TOOLS,
+    "refusal": "Say it in content",
+    "audio": _TEXT_ONLY,
+}
+
+
+class Refusal(NamedTuple):
+    """A field that is not served: its path, and a message."""
+
+    path: str
+    message: str
+
+
+def find_unsupported(request: dict[str, Any], prefix: str = "") -> Iterator[Refusal]:
+    """The fields of an OpenAI request that ask for something that is not served.
+
+    Fields that are known, not served, and *not used* (null, or false for a switch) are taken out of it.
+
+    Args:
+        request: Parsed JSON.
+        prefix: Path of the request, with a dot at its end.
+    """
+    chat = "messages" in request
+    unused_best_of = request.get("best_of") == (request.get("n") or 1)
+    if not chat and unused_best_of:
+        del request["best_of"]
+    yield from _used(request, _CHAT if chat else _COMPLETION, prefix)
+    format_ = request.get("response_format")
+    if isinstance(format_, dict) and format_.get("type") != "text":
+        yield _refusal(f"{prefix}response_format", format_, f"{_CONSTRAINED}; only type text is accepted")
+    options = request.get("stream_options")
+    if isinstance(options, dict) and options.get("include_obfuscation"):
+        yield _refusal(f"{prefix}stream_options.include_obfuscation", True, "Chunks are not padded")
+    messages = request.get("messages")
+    for i, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict):
+            yield from _unsupported_in_message(message, f"{prefix}messages[{i}]")
+
+
+def _unsupported_in_message(message: dict[str, Any], path: str) -> Iterator[Refusal]:
+    yield from _used(message, _MESSAGE, f"{path}.")
+    if message.get("role") in ("tool", "function"):
+        yield _refusal(f"{path}.role", message["role"], _TOOLS)
+    content = message.get("content")
+    for i, part in enumerate(content if isinstance(content, list) else []):
+        if (
+            isinstance(part, dict)
+            and isinstance(kind := part.get("type"), str)
+            and kind not in ("text", "variable")
+        ):
+            yield _refusal(f"{path}.content[{i}].type", kind, f"{_TEXT_ONLY}: parts of type text")
+
+
+def _used(fields: dict[str, Any], table: dict[str, str], prefix: str) -> Iterator[Refusal]:
+    for name in table.keys() & fields.keys():
+        value = fields[name]
+        if value is None or value is False:
+            del fields[name]
+        else:
+            yield _refusal(f"{prefix}{name}", value, table[name])
+
+
+def _refusal(path: str, value: object, why: str) -> Refusal:
+    shown = repr(value) if isinstance(value, str | bool | int | float) else f"an {type(value).__name__}"
+    shown = {"an dict": "an object", "an list": "a list"}.get(shown, shown)
+    return Refusal(path, f"{path}: {shown} was given, which is not supported. {why}. Leave the field out.")

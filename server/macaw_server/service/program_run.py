@@ -1,0 +1,305 @@
+"""A program that runs: its ready calls go to engines, their answers into it, its events to followers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from macaw.errors import CancelledError, DeadlineExceededError, InternalServerError, MacawError
+from macaw.protocol import (
+    AnyEvent,
+    CallCompleted,
+    CallDelta,
+    CallFailed,
+    ChatCompletionRequest,
+    Event,
+    Hints,
+    ProgramGrowth,
+    ProgramState,
+    VariableResolved,
+)
+from macaw_server.engine.types import CallClass, CallHints
+from macaw_server.programs.program import CallNode, Program
+from macaw_server.service.call_runner import CallRunner
+from macaw_server.service.completions import ResponseFormat
+from macaw_server.service.metrics import Metrics
+from macaw_server.service.prompts import Prepared, PromptPreparer
+from macaw_server.service.types import ServiceConfig, Tenant
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the runs of one service share; `on_end` is called once for each."""
+
+    config: ServiceConfig
+    preparer: PromptPreparer
+    metrics: Metrics
+    on_end: Callable[[ProgramRun], None]
+
+
+class ProgramRun:
+    """One live or finished program. Belongs to the event loop; nothing here blocks it.
+
+    Args:
+        program: Not yet started; the run is the only one to change it.
+        tenant: Whose it is.
+        surroundings: The service's.
+        prepared: Calls that are known to fit, by id.
+        hints: What a client without a program says of its application; then `program` is a plain one.
+
+    Attributes:
+        started_s: Monotonic seconds; all times in the program count from here.
+        values: Variables that have a value.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tenant: Tenant,
+        surroundings: Surroundings,
+        prepared: dict[str, Prepared],
+        hints: Hints | None = None,
+    ) -> None:
+        self.program = program
+        self.tenant = tenant
+        self.started_s = time.monotonic()
+        self.values: dict[str, str] = {}
+        self._surroundings = surroundings
+        self._prepared = prepared
+        self._hints = hints
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._runners: dict[str, CallRunner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._num_finished = 0
+        self._num_attached = 0
+
+    @property
+    def id(self) -> str:
+        """The program's id."""
+        return self.program.id
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the program stands for an OpenAI request."""
+        return self._hints is not None
+
+    @property
+    def num_live_calls(self) -> int:
+        """Calls that are not finished."""
+        return len(self.program.calls) - self._num_finished
+
+    @property
+    def state(self) -> ProgramState:
+        """The whole state now."""
+        return self.program.state(self._now_ms())
+
+    # --------------------------------------------------------------------------------------------------------
+    # What the client does
+
+    def start(self) -> None:
+        """Begin with the calls that are ready."""
+        self._apply(list(self.program.events))
+
+    def grow(self, growth: ProgramGrowth, prepared: dict[str, Prepared]) -> None:
+        """Add to the program. Raises `InvalidProgramError`, and then nothing has changed."""
+        events = self.program.grow(growth, self._now_ms())
+        self._prepared |= prepared
+        self._apply(events)
+
+    def set_variable(self, name: str, value: str) -> None:
+        """Set an external variable. Raises `InvalidProgramError`."""
+        self._apply(self.program.set_variable(name, value, self._now_ms()))
+
+    def cancel(self, error: MacawError) -> None:
+        """End the program and stop its calls; one that has ended stays as it is."""
+        self._apply(self.program.cancel(error, self._now_ms()))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """As long as a client waits. When the last leaves, a program that is not detached is cancelled."""
+        self._num_attached += 1
+        try:
+            yield
+        finally:
+            self._num_attached -= 1
+            if self._num_attached == 0 and not self.program.request.detached:
+                self.cancel(
+                    CancelledError("The client closed the connection, and the program was not detached.")
+                )
+
+    async def events(self, after: int = -1) -> AsyncIterator[AnyEvent]:
+        """The events with a sequence number over `after`, as they come, to the last."""
+        position = after + 1
+        while True:
+            while position < len(self.program.events):
+                yield self.program.events[position]
+                position += 1
+            if self.program.ended:
+                return
+            await self._changed.wait()
+
+    async def wait(self) -> None:
+        """Wait for the program's end."""
+        while not self.program.ended:
+            await self._changed.wait()
+
+    # --------------------------------------------------------------------------------------------------------
+    # What a CallRunner reports
+
+    def call_started(self, call_id: str, *, prompt_tokens: int, cached_tokens: int) -> None:
+        """The engine took the call into a batch."""
+        self._apply(
+            self.program.call_started(
+                call_id, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, now_ms=self._now_ms()
+            )
+        )
+
+    def call_delta(self, call_id: str, chunk: dict[str, Any]) -> None:
+        """A piece of the answer."""
+        self._apply(self.program.call_delta(call_id, chunk, self._now_ms()))
+
+    def call_completed(self, call_id: str, completion: dict[str, Any], text: str) -> None:
+        """The whole answer."""
+        self._apply(self.program.call_completed(call_id, completion, text, self._now_ms()))
+
+    def call_failed(self, call_id: str, error: MacawError) -> None:
+        """There will be no answer."""
+        self._apply(self.program.call_failed(call_id, error, self._now_ms()))
+
+    # --------------------------------------------------------------------------------------------------------
+
+    def _apply(self, events: Sequence[Event]) -> None:
+        """Follow up on what has happened, and wake everybody who waits for it."""
+        if not events:
+            return
+        for event in events:
+            self._surroundings.metrics.observe(event)
+            match event:
+                case VariableResolved(variable=name, value=value):
+                    self.values[name] = value
+                case CallCompleted(call_id=call_id):
+                    self._num_finished += 1
+                    self._runners.pop(call_id, None)
+                case CallFailed(call_id=call_id):
+                    self._num_finished += 1
+                    if (runner := self._runners.pop(call_id, None)) is not None:
+                        runner.abort()
+        if not all(isinstance(event, CallDelta) for event in events):
+            self._advance()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _advance(self) -> None:
+        """Start what is ready; then the clock runs for the deadline, or for a client who is to come back."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        if self.program.ended:
+            self._prepared.clear()
+            self._surroundings.on_end(self)
+            return
+        for node in self.program.take_ready(self._now_ms()):
+            task = self._loop.create_task(self._start_call(node))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if (deadline_ms := self.program.deadline_ms()) is not None:
+            self._call_at(deadline_ms / 1000, self._on_deadline, deadline_ms)
+        if not self.program.running_calls():
+            idle_s = self._surroundings.config.idle_s
+            self._call_at(self._now_ms() / 1000 + idle_s, self._on_idle, idle_s)
+
+    async def _start_call(self, node: CallNode) -> None:
+        call, program = node.call, self.program
+        try:
+            prepared = self._prepared.pop(call.id, None)
+            if prepared is None:
+                values = program.values(node)
+                prepared = await self._surroundings.preparer.prepare(call, values, program.request.model)
+            if node.finished:
+                return  # cancelled meanwhile
+            self._runners[call.id] = self._runner(node, prepared)
+            self._runners[call.id].start()
+        except MacawError as e:
+            self.call_failed(call.id, e)
+        except Exception:
+            log.exception("starting call %s of program %s", call.id, self.id)
+            self.call_failed(
+                call.id,
+                InternalServerError("A bug in the server broke this call; its log has the traceback."),
+            )
+
+    def _runner(self, node: CallNode, prepared: Prepared) -> CallRunner:
+        call = node.call
+        return CallRunner(
+            call.id,
+            call.request,
+            prepared,
+            ResponseFormat.of_call(
+                self.id,
+                call.id,
+                model=prepared.model.name,
+                created=int(time.time()),
+                chat=isinstance(call.request, ChatCompletionRequest),
+            ),
+            request_id=f"{self.id}/{call.id}",
+            salt=self.tenant.salt,
+            hints=self._call_hints(node),
+            observer=self,
+        )
+
+    def _call_hints(self, node: CallNode) -> CallHints:
+        """What the graph says, or the client where there is none. Apps are told apart by tenant."""
+        ready_ms = node.timings.ready_ms or 0.0
+        hints = CallHints(
+            program_id=self.id,
+            call_class=node.call_class,
+            depth=node.depth,
+            group=node.group,
+            arrival_s=self.started_s + ready_ms / 1000,
+        )
+        return hints if self._hints is None else _overridden(hints, self._hints, self.tenant)
+
+    def _on_deadline(self, deadline_ms: float) -> None:
+        unfinished = ", ".join(self.program.running_calls()) or "none; a variable is not set"
+        self.cancel(
+            DeadlineExceededError(
+                f"The deadline of {deadline_ms:g} ms has passed. Calls still running: {unfinished}. Allow "
+                "more time, or ask for less."
+            )
+        )
+
+    def _on_idle(self, idle_s: float) -> None:
+        self.cancel(
+            DeadlineExceededError(
+                f"The program waited {idle_s:g} s for its client to set a variable, to grow it or to close "
+                "it. Come back sooner, or post it again."
+            )
+        )
+
+    def _call_at(self, since_start_s: float, callback: Callable[[float], None], argument: float) -> None:
+        delay_s = self.started_s + since_start_s - time.monotonic()
+        self._timers.append(self._loop.call_later(max(0.0, delay_s), callback, argument))
+
+    def _now_ms(self) -> float:
+        return (time.monotonic() - self.started_s) * 1000
+
+
+def _overridden(deduced: CallHints, given: Hints, tenant: Tenant) -> CallHints:
+    """A group hint makes a call part of a task group, unless the client says what it waits for."""
+    in_group = given.group is not None and given.objective is None
+    return CallHints(
+        program_id=f"{tenant.id}/{given.app}" if given.app is not None else deduced.program_id,
+        call_class=CallClass.GROUP if in_group else deduced.call_class,
+        depth=deduced.depth if given.stage is None else given.stage,
+        group=deduced.group if given.group is None else given.group,
+        arrival_s=deduced.arrival_s,
+    )

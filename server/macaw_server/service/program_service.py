@@ -1,0 +1,243 @@
+"""All programs of a server: accepting, finding, forgetting and draining them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from macaw.errors import (
+    CancelledError,
+    InvalidProgramError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+)
+from macaw.protocol import Hints, ProgramGrowth, ProgramRequest, Variable
+from macaw_server.programs.program import Program
+from macaw_server.service.metrics import Metrics
+from macaw_server.service.models import ModelRegistry
+from macaw_server.service.program_run import ProgramRun, Surroundings
+from macaw_server.service.prompts import PromptPreparer
+from macaw_server.service.tenants import Tenants
+from macaw_server.service.types import ServedModel, ServiceConfig, Tenant
+
+_RATE_WINDOW_S = 60.0
+
+
+class _Keyed(NamedTuple):
+    """A program that was posted with an idempotency key."""
+
+    fingerprint: bytes
+    creation: asyncio.Task[ProgramRun]
+
+
+class ProgramService:
+    """Runs programs on engines that have been started. One per event loop.
+
+    Args:
+        models: What is served.
+        config: Limits.
+        secret: From which the tenants' cache salts are derived; random by default.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        config: ServiceConfig | None = None,
+        *,
+        secret: bytes | None = None,
+    ) -> None:
+        self.config = config or ServiceConfig()
+        self.models = ModelRegistry(models)
+        self.tenants = Tenants(self.config.api_keys, secret)
+        self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
+        self._surroundings = Surroundings(
+            self.config, PromptPreparer(self.models), self.metrics, self._on_end
+        )
+        self._live: dict[str, ProgramRun] = {}
+        self._kept: dict[str, tuple[ProgramRun, float]] = {}  # finished, and when; oldest first
+        self._keyed: dict[tuple[str, str], _Keyed] = {}
+        self._num_kept_events = 0
+        self._ends: deque[tuple[float, int]] = deque(
+            maxlen=1024
+        )  # when programs ended, and their number of calls
+        self._all_ended = asyncio.Event()
+        self._draining = False
+
+    @property
+    def num_live_calls(self) -> int:
+        """Unfinished calls of all programs."""
+        return sum(run.num_live_calls for run in self._live.values())
+
+    @property
+    def draining(self) -> bool:
+        """Whether new programs are refused because the server is about to end."""
+        return self._draining
+
+    async def submit(
+        self, tenant: Tenant, request: ProgramRequest, *, hints: Hints | None = None
+    ) -> ProgramRun:
+        """Check a program as a whole and start it, or join the one that has its idempotency key.
+
+        Args:
+            tenant: Whose it is.
+            request: The program.
+            hints: Given (perhaps empty) where the program stands for an OpenAI request; it is not kept then,
+                for nobody knows its id.
+
+        Raises:
+            RequestError: Something is wrong with it; nothing has started.
+            OverloadedError: Too many calls are live, or the server is about to end.
+            EngineFailedError: The model's engine is gone.
+        """
+        self._forget_old()
+        key = request.idempotency_key
+        if key is None:
+            return await self._create(tenant, request, hints)
+        fingerprint = hashlib.sha256(request.model_dump_json().encode()).digest()
+        keyed = self._keyed.get((tenant.id, key))
+        if keyed is None:
+            creation = asyncio.create_task(self._create(tenant, request, hints))
+            keyed = self._keyed[tenant.id, key] = _Keyed(fingerprint, creation)
+        elif keyed.fingerprint != fingerprint:
+            raise InvalidRequestError(
+                f"Idempotency key {key!r} was used for another body. Send the same body again, or a new key.",
+                param="idempotency_key",
+            )
+        try:
+            return await asyncio.shield(keyed.creation)
+        except Exception:
+            if self._keyed.get((tenant.id, key)) is keyed:  # a second try may go well
+                del self._keyed[tenant.id, key]
+            raise
+
+    async def grow(self, run: ProgramRun, growth: ProgramGrowth) -> None:
+        """Add to a program: all of it, or nothing and an error."""
+        self._check_capacity(len(growth.calls))
+        values = run.values | _declared(growth.variables)
+        model = run.program.request.model
+        prepared = await self._surroundings.preparer.prepare_known(growth.calls, values, model, plain=False)
+        run.grow(growth, prepared)
+
+    def get(self, tenant: Tenant, program_id: str) -> ProgramRun:
+        """A live or finished program.
+
+        Raises:
+            NotFoundError: There is none of this tenant's.
+        """
+        self._forget_old()
+        run = self._live.get(program_id)
+        if run is None and program_id in self._kept:
+            run = self._kept[program_id][0]
+        if run is None or run.tenant != tenant:
+            raise NotFoundError(
+                f"No program {program_id!r}. It never was, is another API key's, or ended more than "
+                f"{self.config.kept_s:g} s or {self.config.max_kept_programs} programs ago."
+            )
+        return run
+
+    def list(self, tenant: Tenant) -> list[ProgramRun]:
+        """The tenant's programs, oldest first."""
+        self._forget_old()
+        runs = [*(run for run, _ in self._kept.values()), *self._live.values()]
+        return sorted((run for run in runs if run.tenant == tenant), key=lambda run: run.started_s)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new programs; let those that run end, and cancel what is left after `timeout_s`."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._live:
+                    self._all_ended.clear()
+                    await self._all_ended.wait()
+        for run in list(self._live.values()):
+            run.cancel(CancelledError("The server is shutting down. Post the program again when it is back."))
+
+    async def close(self) -> None:
+        """Cancel everything and end the threads; the engines are their owner's to stop."""
+        await self.drain(0)
+        self._surroundings.preparer.close()
+
+    async def _create(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
+        plain = hints is not None
+        self._check_draining()
+        self._check_capacity(len(request.calls))
+        if request.model is not None or len(self.models) == 1:
+            request = request.model_copy(update={"model": self.models.find(request.model).name})
+        program = Program(f"prog-{secrets.token_hex(16)}", request, plain=plain)
+        prepared = await self._surroundings.preparer.prepare_known(
+            request.calls, _declared(request.variables), request.model, plain=plain
+        )
+        self._check_draining()
+        self._check_capacity(len(request.calls))
+        run = ProgramRun(program, tenant, self._surroundings, prepared, hints)
+        self._live[run.id] = run
+        run.start()
+        return run
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise OverloadedError(
+                "The server is shutting down and takes no new programs. Try again when it is back.",
+                status=503,
+                retry_after_s=5.0,
+            )
+
+    def _check_capacity(self, num_new: int) -> None:
+        limit, live = self.config.max_live_calls, self.num_live_calls
+        if num_new > limit:
+            raise InvalidProgramError(
+                f"{num_new:,} calls at once are over this server's limit of {limit:,}. Send fewer, and grow "
+                "an open program as they complete.",
+                param="calls",
+            )
+        if live + num_new > limit:
+            raise OverloadedError(
+                f"{live:,} calls are waiting or running; with {num_new:,} more they would be over the limit "
+                f"of {limit:,}. Try again after the time in Retry-After.",
+                retry_after_s=self._seconds_until_free(live + num_new - limit),
+            )
+
+    def _seconds_until_free(self, num_calls: int) -> float:
+        """How long so many calls take at the rate of the last minute; a minute where none has ended."""
+        since = time.monotonic() - _RATE_WINDOW_S
+        while self._ends and self._ends[0][0] < since:
+            self._ends.popleft()
+        if not self._ends:
+            return _RATE_WINDOW_S
+        per_second = sum(calls for _, calls in self._ends) / (time.monotonic() - self._ends[0][0] + 1.0)
+        return min(600.0, max(1.0, math.ceil(num_calls / per_second)))
+
+    def _on_end(self, run: ProgramRun) -> None:
+        del self._live[run.id]
+        if not self._live:
+            self._all_ended.set()
+        self._ends.append((time.monotonic(), len(run.program.calls)))
+        if not run.is_plain:
+            self._kept[run.id] = run, time.monotonic()
+            self._num_kept_events += len(run.program.events)
+            self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Drop finished programs over the bounds, oldest first, and their idempotency keys with them."""
+        config = self.config
+        for run, ended_s in list(self._kept.values()):
+            too_many = len(self._kept) > config.max_kept_programs
+            too_large = self._num_kept_events > config.max_kept_events and len(self._kept) > 1
+            if not (too_many or too_large or time.monotonic() - ended_s > config.kept_s):
+                return
+            del self._kept[run.id]
+            self._num_kept_events -= len(run.program.events)
+            if (key := run.program.request.idempotency_key) is not None:
+                self._keyed.pop((run.tenant.id, key), None)
+
+
+def _declared(variables: Mapping[str, Variable]) -> dict[str, str]:
+    return {name: variable.value for name, variable in variables.items() if variable.value is not None}

@@ -1,0 +1,51 @@
+"""The nouns of the service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from macaw_server.engine.types import Engine
+from macaw_server.programs.rendering import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """Limits of the service.
+
+    Attributes:
+        api_keys: Accepted keys, one tenant each; none: everybody is the same, anonymous tenant.
+        max_body_bytes: Largest request body.
+        max_live_calls: Calls of unfinished programs; more are refused with `overloaded`.
+        max_kept_programs: Finished programs that can still be asked for.
+        max_kept_events: The same bound in events, for what a program costs in memory is its events.
+        kept_s: How long a finished program can be asked for at most, seconds.
+        idle_s: How long a program waits for its client (a variable, growth) before it is given up, seconds.
+        ping_s: Seconds between the comments that keep an event stream's connection alive.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * 2**20
+    max_live_calls: int = 4096
+    max_kept_programs: int = 256
+    max_kept_events: int = 200_000
+    kept_s: float = 600.0
+    idle_s: float = 600.0
+    ping_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model under the name that clients use; `created` is in Unix seconds."""
+
+    name: str
+    tokenizer: Tokenizer
+    engine: Engine
+    created: int
+
+
+class Tenant(NamedTuple):
+    """Whose request it is. `salt` is the tenant's KV cache namespace; neither field reveals the key."""
+
+    id: str
+    salt: str
