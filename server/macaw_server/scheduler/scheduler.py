@@ -229,20 +229,23 @@ class Scheduler:
             return 0
         batch.chunks.append(ScheduledChunk(sequence, start, length, samples=length == left))
         self.kv_cache.mark_computed(sequence.pages, length)
-        self._stats.computed_tokens += length
+        num_prompt = len(sequence.request.prompt_ids)
+        self._stats.computed_tokens += max(0, min(start + length, num_prompt) - start)
         self._wake_followers(sequence, sequence.num_computed // self.kv_cache.page_size)
         return length
 
     def _wake_followers(self, owner: Sequence, num_pages: int | None = None) -> None:
         """Let those take part again who wait for so many pages of `owner`; all of them if it is gone."""
-        followers = self._followers.get(owner.request_id, [])
+        followers = self._followers.get(owner.request_id)
+        if followers is None:
+            return
         while followers and (num_pages is None or followers[0][0] <= num_pages):
             follower = heapq.heappop(followers)[-1]
             if follower.status is SequenceStatus.BLOCKED:
                 follower.status = SequenceStatus.WAITING
                 self._waiting.push(follower)
         if not followers:
-            self._followers.pop(owner.request_id, None)
+            del self._followers[owner.request_id]
 
     # -- ends ------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from macaw_server.engine.types import EngineRequest, FinishReason
 from macaw_server.kvcache import Allocation
@@ -40,8 +41,9 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
             raise ValueError(
-                f"max_num_seqs is {self.max_num_seqs}, with max_num_batched_tokens {self.max_num_batched_tokens}; "
-                "it must be at least 1 and at most that, so that every sequence can decode in each step."
+                f"max_num_seqs is {self.max_num_seqs} and max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}; the first must be at least 1, and no larger than the second, "
+                "so that every sequence can decode in each step."
             )
         if self.max_model_len < 2:
             raise ValueError(
@@ -114,8 +116,7 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """Tokens ``[start, start + length)`` of a sequence, to be run in this step.
 
     Attributes:

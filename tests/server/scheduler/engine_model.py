@@ -48,7 +48,7 @@ def generate(asked: EngineRequest, max_len: int, sampler: Callable[[list[int]], 
 
 
 class EngineModel:
-    """A scheduler and the memory it manages; every step is checked for wrong reads and for work done twice."""
+    """A scheduler and its memory; every step is checked for wrong reads and for work done twice."""
 
     def __init__(
         self,
@@ -61,9 +61,10 @@ class EngineModel:
         max_prefill_chunk: int | None = None,
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
+        cache: KVCache | None = None,
     ) -> None:
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk)
-        self.cache = KVCache(num_pages, page_size)
+        self.cache = cache or KVCache(num_pages, page_size)
         self.scheduler = Scheduler(
             config, self.cache, make_policy(policy) if isinstance(policy, str) else policy
         )
@@ -91,7 +92,9 @@ class EngineModel:
         held = self.memory.prefixes()  # what was ready before and has not been evicted since
         self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
         self.cache.check()
-        sampled = {c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples}
+        sampled = {
+            c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples
+        }
         self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
         self.memory.ready_prefixes()
         self.cache.check()
@@ -120,7 +123,9 @@ class EngineModel:
             self.memory.write(sequence.block_table, hashes, start, end)
             for i_page in range(start // size, min(end // size, (len(tokens) - 1) // size)):
                 content, page = hashes[(i_page + 1) * size - 1], sequence.block_table[i_page]
-                assert ready.setdefault(content, page) == page, f"{sequence.request_id} recomputes page {page}"
+                assert ready.setdefault(content, page) == page, (
+                    f"{sequence.request_id} recomputes page {page}"
+                )
         for preempted in batch.preempted:
             assert preempted not in [chunk.sequence for chunk in batch.chunks]
 

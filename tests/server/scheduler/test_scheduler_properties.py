@@ -1,8 +1,9 @@
-"""Random applications on tiny engines: whatever is asked, nothing is lost, mixed up, starved or computed twice."""
+"""Random requests on tiny engines: nothing is lost, mixed up, starved or computed twice."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from macaw_server.engine.types import CallClass
 from macaw_server.scheduler import SequenceStatus, make_policy
 from server.scheduler.engine_model import STOP, EngineModel
@@ -20,9 +21,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "app"]),
         ageing_s=st.sampled_from([0.05, 30.0]),
     )
-    def start(
-        self, num_pages, page_size, max_num_seqs, extra_tokens, max_prefill_chunk, policy, ageing_s
-    ):
+    def start(self, num_pages, page_size, max_num_seqs, extra_tokens, max_prefill_chunk, policy, ageing_s):
         strategy = make_policy(policy)
         strategy.ageing_s = ageing_s
         self.engine = EngineModel(
@@ -38,10 +37,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         family=st.sampled_from(FAMILIES),
-        shared=st.integers(0, 20),
+        shared=st.integers(0, 8) | st.integers(0, 20),
         own=st.lists(st.sampled_from([0, 1, 2, 3]), max_size=4),
         output=st.lists(st.sampled_from([0, 1]), max_size=2),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 16),
         stop=st.sampled_from([frozenset(), frozenset({STOP})]),
         min_tokens=st.integers(0, 3),
         salt=st.sampled_from(["", "", "tenant"]),
