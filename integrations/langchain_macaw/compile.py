@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from typing import Any, NamedTuple, cast
 
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
@@ -19,7 +18,7 @@ import langchain_macaw.rules  # noqa: F401  (registers the rules of lowering)
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.lowering import Lowering, Scope, rule
 from langchain_macaw.plan import CURRENT_PLAN, Plan
-from langchain_macaw.replay import aiterate_in, areplaying, iterate_in, replaying
+from langchain_macaw.replay import Run, areplaying, replaying
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +59,13 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """As `bound.invoke`."""
-        with self._running([input], config, kwargs) as context:
-            return context.run(self.bound.invoke, input, config, **kwargs)
+        with self._running([input], config, kwargs) as run:
+            return run.context.run(self.bound.invoke, input, config, **kwargs)
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """As `bound.ainvoke`."""
-        async with self._arunning([input], config, kwargs) as context:
-            return await _run_in(context, self.bound.ainvoke(input, config, **kwargs))
+        async with self._arunning([input], config, kwargs) as run:
+            return await run.call(self.bound.ainvoke(input, config, **kwargs))
 
     def batch(
         self,
@@ -77,8 +76,8 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
         **kwargs: Any,
     ) -> list[Output]:
         """As `bound.batch`; all inputs are one program."""
-        with self._running(inputs, config, kwargs) as context:
-            return context.run(
+        with self._running(inputs, config, kwargs) as run:
+            return run.context.run(
                 self.bound.batch, inputs, config, return_exceptions=return_exceptions, **kwargs
             )
 
@@ -91,9 +90,9 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
         **kwargs: Any,
     ) -> list[Output]:
         """As `bound.abatch`; all inputs are one program."""
-        async with self._arunning(inputs, config, kwargs) as context:
+        async with self._arunning(inputs, config, kwargs) as run:
             outputs = self.bound.abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
-            return await _run_in(context, outputs)
+            return await run.call(outputs)
 
     def batch_as_completed(  # type: ignore[override]  # the base class has overloads for return_exceptions
         self,
@@ -104,10 +103,10 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
         **kwargs: Any,
     ) -> Iterator[tuple[int, Output | Exception]]:
         """As `bound.batch_as_completed`; all inputs are one program."""
-        with self._running(inputs, config, kwargs) as context:
+        with self._running(inputs, config, kwargs) as run:
             bound: Any = self.bound
             outputs = bound.batch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
-            yield from iterate_in(context, outputs)
+            yield from run.iterate(outputs)
 
     async def abatch_as_completed(  # type: ignore[override]  # the base class has overloads for return_exceptions
         self,
@@ -118,24 +117,24 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
         **kwargs: Any,
     ) -> AsyncIterator[tuple[int, Output | Exception]]:
         """As `bound.abatch_as_completed`; all inputs are one program."""
-        async with self._arunning(inputs, config, kwargs) as context:
+        async with self._arunning(inputs, config, kwargs) as run:
             bound: Any = self.bound
             outputs = bound.abatch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
-            async with aclosing(aiterate_in(context, outputs)) as items:
+            async with aclosing(run.aiterate(outputs)) as items:
                 async for item in items:
                     yield item
 
     def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
         """As `bound.stream`."""
-        with self._running([input], config, kwargs, streaming=True) as context:
-            yield from iterate_in(context, self.bound.stream(input, config, **kwargs))
+        with self._running([input], config, kwargs, streaming=True) as run:
+            yield from run.iterate(self.bound.stream(input, config, **kwargs))
 
     async def astream(
         self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Output]:
         """As `bound.astream`."""
-        async with self._arunning([input], config, kwargs, streaming=True) as context:
-            async with aclosing(aiterate_in(context, self.bound.astream(input, config, **kwargs))) as items:
+        async with self._arunning([input], config, kwargs, streaming=True) as run:
+            async with aclosing(run.aiterate(self.bound.astream(input, config, **kwargs))) as items:
                 async for item in items:
                     yield item
 
@@ -144,17 +143,17 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
     ) -> Iterator[Output]:
         """As `bound.transform`, once the input is complete."""
         chunks = list(input)
-        with self._running(_added_up(chunks), config, kwargs, streaming=True) as context:
-            yield from iterate_in(context, self.bound.transform(iter(chunks), config, **kwargs))
+        with self._running(_added_up(chunks), config, kwargs, streaming=True) as run:
+            yield from run.iterate(self.bound.transform(iter(chunks), config, **kwargs))
 
     async def atransform(
         self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Output]:
         """As `bound.atransform`, once the input is complete."""
         chunks = [chunk async for chunk in input]
-        async with self._arunning(_added_up(chunks), config, kwargs, streaming=True) as context:
+        async with self._arunning(_added_up(chunks), config, kwargs, streaming=True) as run:
             outputs = self.bound.atransform(_asynchronous(chunks), config, **kwargs)
-            async with aclosing(aiterate_in(context, outputs)) as items:
+            async with aclosing(run.aiterate(outputs)) as items:
                 async for item in items:
                     yield item
 
@@ -169,24 +168,24 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
     @contextmanager
     def _running(
         self, inputs: Sequence[Input], config: Configs, kwargs: Mapping[str, Any], *, streaming: bool = False
-    ) -> Iterator[Context]:
+    ) -> Iterator[Run]:
         planned = self._plan(inputs, config, kwargs, streaming)
         if planned is None:
-            yield copy_context()
+            yield Run(copy_context())
         else:
-            with replaying(planned.plan, planned.model._program_client()) as context:
-                yield context
+            with replaying(planned.plan, planned.model._program_client()) as run:
+                yield run
 
     @asynccontextmanager
     async def _arunning(
         self, inputs: Sequence[Input], config: Configs, kwargs: Mapping[str, Any], *, streaming: bool = False
-    ) -> AsyncIterator[Context]:
+    ) -> AsyncIterator[Run]:
         planned = self._plan(inputs, config, kwargs, streaming)
         if planned is None:
-            yield copy_context()
+            yield Run(copy_context())
         else:
-            async with areplaying(planned.plan, planned.model._async_program_client()) as context:
-                yield context
+            async with areplaying(planned.plan, planned.model._async_program_client()) as run:
+                yield run
 
     def _plan(
         self, inputs: Sequence[Input], config: Configs, kwargs: Mapping[str, Any], streaming: bool
@@ -223,10 +222,6 @@ def _compiled(lowering: Lowering, chain: CompiledChain[Any, Any], value: Any, sc
 @functools.lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-async def _run_in(context: Context, coroutine: Any) -> Any:
-    return await asyncio.create_task(coroutine, context=context)
 
 
 def _added_up(chunks: Iterable[Input]) -> list[Input]:

@@ -12,12 +12,14 @@ from typing import Any
 
 from langchain_macaw.templates import RequestTemplate, request_key
 from langchain_macaw.sentinel import ESCAPED_SUFFIX, mustache_escape
+from macaw.errors import CancelledError
 from macaw.protocol import (
     AnyEvent,
     CallCompleted,
     CallDelta,
     CallFailed,
     CallTimings,
+    ErrorBody,
     ProgramCreated,
     ProgramFailed,
     ProgramRequest,
@@ -27,6 +29,12 @@ CURRENT_PLAN: ContextVar[Plan | None] = ContextVar("macaw_plan", default=None)
 """The plan that models answer from in this context."""
 
 CallEvent = CallDelta | CallCompleted | CallFailed
+
+_ABANDONED = CallFailed(
+    call_id="abandoned",
+    error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
+    timings=CallTimings(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class Plan:
 
     Attributes:
         program_id: As soon as the server has given one.
-        closed: Nobody will ask any more.
+        closed: The run was abandoned before every call had its answer.
     """
 
     def __init__(self, request: ProgramRequest, calls: Sequence[PlannedCall]) -> None:
@@ -122,7 +130,12 @@ class Plan:
             return [key for key, replays in self._by_key.items() if replays]
 
     def take(self, payload: Mapping[str, Any]) -> Replay | None:
-        """The answer to a request, for whoever asks first; None if it is not (or no longer) planned."""
+        """The answer to a request, for whoever asks first; None if it is not (or no longer) planned.
+
+        Branches that outlive an abandoned run are stopped here, whatever they ask for.
+        """
+        if self.closed:
+            return _abandoned()
         try:
             key = request_key(payload)
         except TypeError:  # not JSON, so it cannot have been planned
@@ -155,6 +168,14 @@ class Plan:
         for replay in self._replays.values():
             replay.put(None)
 
+    def close(self) -> None:
+        """Give up what is missing: who waits for it gets an error."""
+        if self.ended:
+            return
+        self.closed = True
+        for replay in self._replays.values():
+            replay.put(_ABANDONED)
+
     def _resolve(self, variable: str, text: str) -> None:
         self._values[variable] = text
         escaped = variable + ESCAPED_SUFFIX
@@ -170,3 +191,9 @@ class Plan:
         key = call.template.key(self._values)
         with self._lock:
             self._by_key[key].append(self._replays[call.id])
+
+
+def _abandoned() -> Replay:
+    replay = Replay()
+    replay.put(_ABANDONED)
+    return replay
