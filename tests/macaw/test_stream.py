@@ -175,12 +175,13 @@ def test_attached_programs_stream_does_not_survive_a_break(client, server, then)
 
 
 @pytest.mark.parametrize("then", ["drop", "end"])
-def test_detached_programs_stream_goes_on_where_it_broke(client, server, then):
+def test_detached_programs_stream_goes_on_where_it_broke(connect, server, then):
+    """Twice, with one reconnect allowed in a row: an event in between starts the count anew."""
     cut_in_a_character = encode(EVENTS[2]).partition("🦜".encode())[0] + "🦜".encode()[:2]
     server.answer_events("POST", PROGRAMS, [*EVENTS[:2], cut_in_a_character], then=then)
     server.answer_events("GET", REST, EVENTS[2:3], then=then)
     server.answer_events("GET", REST, EVENTS[1:])  # events that were sent again are left out
-    assert list(client.stream_program(a_program(detached=True))) == EVENTS
+    assert list(connect(max_reconnects=1).stream_program(a_program(detached=True))) == EVENTS
     assert [(seen.method, seen.query) for seen in server.seen] == [
         ("POST", {}),
         ("GET", {"after": "1"}),
