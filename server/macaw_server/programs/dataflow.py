@@ -14,7 +14,7 @@ from typing import NamedTuple
 from macaw.errors import MacawError, UpstreamFailedError
 from macaw.protocol import Call, Variable
 
-from .graph import Graph, inputs_of
+from .graph import Graph
 
 
 class Failure(NamedTuple):
@@ -79,7 +79,7 @@ class Dataflow:
         for name, variable in variables.items():
             if variable.value is not None:
                 self._record(name, variable.value)
-        inputs = {step_id: inputs_of(self.graph.steps[step_id]) for step_id in step_ids}
+        inputs = {step_id: self.graph.inputs[step_id] for step_id in step_ids}
         for step_id, names in inputs.items():
             self._missing[step_id] = sum(name not in self.outcomes for name in names)
         effects: list[Effect] = []
@@ -114,10 +114,9 @@ class Dataflow:
             step_id = self.graph.producers[last]
             if step_id is None:
                 break
-            step = self.graph.steps[step_id]
-            if isinstance(step, Call):
+            if isinstance(self.graph.steps[step_id], Call):
                 path.append(step_id)
-            names = list(inputs_of(step))
+            names = self.graph.inputs[step_id]
         return path[::-1]
 
     def _spread(self, settled: list[tuple[str, Outcome]]) -> list[Effect]:

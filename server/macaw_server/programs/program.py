@@ -71,11 +71,6 @@ class CallNode:
     completion: dict[str, Any] | None = None
     error: MacawError | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Completed or failed."""
-        return self.status in ("completed", "failed")
-
 
 class Program:
     """One application run.
@@ -127,6 +122,7 @@ class Program:
         self._unsettled: set[str] = set()  # targets without an outcome
         self._ready: list[tuple[CallClass, int, str]] = []  # a heap
         self._running: dict[str, None] = {}
+        self._unfinished: dict[str, None] = {}  # calls, producers before consumers
         self._ended_ms: float | None = None
 
         first = ProgramGrowth(
@@ -220,7 +216,7 @@ class Program:
 
     def values(self, node: CallNode) -> dict[str, str]:
         """The values of the variables in the prompt of a call that was handed out."""
-        return self._flow.values(node.call.inputs)
+        return self._flow.values(self._graph.inputs[node.call.id])
 
     def running_calls(self) -> list[str]:
         """Calls that were handed out and are not finished."""
@@ -261,7 +257,7 @@ class Program:
         node = self.calls[call_id]
         if call_id not in self._running:
             return []
-        del self._running[call_id]
+        del self._running[call_id], self._unfinished[call_id]
         node.status, node.completion = "completed", completion
         node.completion_tokens = completion["usage"]["completion_tokens"]
         node.timings.completed_ms = now_ms
@@ -314,7 +310,8 @@ class Program:
         """Bring a checked part to life; `new` are its steps, producers before consumers."""
         for call in growth.calls:
             self.calls[call.id] = CallNode(call, index=len(self.calls))
-        for call_id, objective in deduce(self._graph).items():
+        self._unfinished |= {step_id: None for step_id in new if step_id in self.calls}
+        for call_id, objective in deduce(self._graph, self._unfinished).items():
             node = self.calls[call_id]
             node.call_class, node.depth, node.group = objective
         self._ready = [self._heap_entry(call_id) for *_, call_id in self._ready]
@@ -346,9 +343,8 @@ class Program:
 
     def _end(self, error: MacawError | None, now_ms: float, *, unfinished: MacawError) -> None:
         self.aborted_calls = self.running_calls()
-        for node in self.calls.values():
-            if not node.finished:
-                self._fail(node, unfinished, now_ms)
+        for call_id in list(self._unfinished):
+            self._fail(self.calls[call_id], unfinished, now_ms)
         self._ready.clear()
         self._ended_ms = now_ms
         variables, totals = self._flow.values(self._targets()), self._totals()
@@ -377,6 +373,7 @@ class Program:
 
     def _fail(self, node: CallNode, error: MacawError, now_ms: float) -> None:
         self._running.pop(node.call.id, None)
+        del self._unfinished[node.call.id]
         node.status, node.error = "failed", error
         node.timings.completed_ms = now_ms
         self._emit(CallFailed(call_id=node.call.id, error=_body(error), timings=node.timings.model_copy()))

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from macaw.errors import CancelledError, InvalidProgramError
 from macaw.protocol import Call, ProgramGrowth, Transform, Variable
-from macaw_server.programs.graph import inputs_of
 from macaw_server.programs.program import Program
+from macaw_server.programs.validation import inputs_of
 from server.programs.builders import BoomError, call, completion, request, targets, transform
 
 

@@ -25,8 +25,8 @@ INVALID: dict[str, tuple[Callable[[], ProgramRequest], str, str, str]] = {
         lambda: request(call("a", "dco0"), target="a.out", variables={"doc0": Variable(value="x")}),
         "unknown_variable",
         "calls[0].request.messages[0].content[1].variable",
-        "Variable 'dco0' is not in the program. Did you mean 'doc0'? Declare it in variables, or let a call or "
-        "a transform produce it.",
+        "Variable 'dco0' is not in the program. Did you mean 'doc0'? Declare it in variables, or let a call "
+        "or a transform produce it.",
     ),
     "unknown variable in a prompt": (
         lambda: request(text_call([{"type": "variable", "variable": "x"}]), target="a.out"),

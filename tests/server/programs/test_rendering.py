@@ -137,8 +137,8 @@ def test_the_answer_s_limit(num_prompt: int, max_tokens: int | None, allowed: in
         (
             8192,
             None,
-            "Prompt of 8,192 tokens leaves no room for an answer in the model's context of 8,192. Shorten the "
-            "prompt, or serve with --max-model-len.",
+            "Prompt of 8,192 tokens leaves no room for an answer in the model's context of 8,192. Shorten "
+            "the prompt, or serve with --max-model-len.",
         ),
     ],
 )
