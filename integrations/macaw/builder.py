@@ -86,6 +86,7 @@ class ProgramBuilder:
 
         Args:
             messages: OpenAI's, with `Text` as `content`.
+            name: Of the call and its output.
             **options: Other fields of OpenAI's request, such as `max_tokens` and `temperature`.
         """
         typed = [Message(**{**message, "content": _parts(message["content"])}) for message in messages]
