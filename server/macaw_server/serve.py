@@ -119,6 +119,7 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
         await server.serve(sockets=[sock])
     finally:
         stopper.close()
+        await service.close()
         await engine.stop()
         console.print("stopped")
 
@@ -191,7 +192,7 @@ class LocalServer:
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._failure: BaseException | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._server: _Server | None = None
         self.service: ProgramService | None = None
 
@@ -220,12 +221,12 @@ class LocalServer:
 
     def stop(self) -> None:
         """Cancel what runs, and stop."""
-        if self._loop is not None and self._server is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(setattr, self._server, "should_exit", True)
+        if self.loop is not None and self._server is not None and self._thread is not None:
+            self.loop.call_soon_threadsafe(setattr, self._server, "should_exit", True)
             self._thread.join()
         if self._socket is not None:
             self._socket.close()
-        self._socket = self._thread = self._loop = self._server = None
+        self._socket = self._thread = self.loop = self._server = None
 
     async def _main(self) -> None:
         engine = EngineThread(self.config.engine())
@@ -236,13 +237,13 @@ class LocalServer:
             self._failure = e
             self._ready.set()
             return
-        self._loop, self._server = asyncio.get_running_loop(), _http_server(self.service, "warning")
+        self.loop, self._server = asyncio.get_running_loop(), _http_server(self.service, "warning")
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket] if self._socket else []))
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.001)
         self._ready.set()
         await serving
-        await self.service.drain(0)
+        await self.service.close()
         await engine.stop()
 
     def __enter__(self) -> Self:

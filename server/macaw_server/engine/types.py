@@ -151,7 +151,11 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters and gauges of one engine since it started."""
+    """Counters and gauges of one engine since it started.
+
+    `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time; all other
+    names say it.
+    """
 
     steps: int = 0
     waiting: int = 0
