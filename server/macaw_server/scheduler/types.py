@@ -42,7 +42,7 @@ class SchedulerConfig:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs is {self.max_num_seqs} and max_num_batched_tokens "
-                f"{self.max_num_batched_tokens}; the first must be at least 1, and no larger than the second, "
+                f"{self.max_num_batched_tokens}; the first must be at least 1 and at most the second, "
                 "so that every sequence can decode in each step."
             )
         if self.max_model_len < 2:

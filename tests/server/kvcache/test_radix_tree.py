@@ -193,4 +193,4 @@ class RadixTreeMachine(RuleBasedStateMachine):
 
 
 TestRadixTreeMachine = RadixTreeMachine.TestCase
-TestRadixTreeMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestRadixTreeMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

@@ -72,6 +72,7 @@ class EngineModel:
         self.sampler = sampler
         self.now_s = 1.0
         self.sequences: dict[str, Sequence] = {}
+        self.admitted: set[str] = set()
         self.finished: list[str] = []
 
     @property
@@ -126,6 +127,9 @@ class EngineModel:
                 assert ready.setdefault(content, page) == page, (
                     f"{sequence.request_id} recomputes page {page}"
                 )
+        admitted = {sequence.request_id for sequence in batch.admitted}
+        assert not admitted & self.admitted, "cached_tokens reported twice"
+        self.admitted |= admitted
         for preempted in batch.preempted:
             assert preempted not in [chunk.sequence for chunk in batch.chunks]
 

@@ -78,11 +78,14 @@ def test_the_waiting_queue_is_a_sorted_list(operations, policy_type):
 
 def test_the_waiting_queue_forgets_what_left():
     queue = WaitingQueue(AppPolicy())
-    queue.push(sequence(0, 0.0, CallClass.BACKGROUND))
+    waiting = sequence(0, 0.0, CallClass.BACKGROUND)
+    queue.push(waiting)
     for number in range(1, 2000):  # all of them pass the first one, which stays at the front by arrival
         passing = sequence(number, 1.0)
         queue.push(passing)
         assert queue.first(2.0) is passing
         queue.remove(passing)
+        queue.remove(waiting)  # preempted again and again
+        queue.push(waiting)
     assert len(queue._by_arrival) < 100
     assert len(queue._by_key) < 100

@@ -182,6 +182,21 @@ def test_out_of_pages_the_last_in_order_is_preempted_and_goes_on_where_it_was():
     engine.check_no_leak()
 
 
+def test_cached_tokens_are_reported_once_even_if_a_prefill_is_preempted():
+    engine = EngineModel(num_pages=10, page_size=2, max_num_batched_tokens=8, max_prefill_chunk=1)
+    engine.add("old", [1], max_tokens=15, min_tokens=15)
+    engine.step()
+    victim = engine.add("new", [2] * 15, max_tokens=1)
+    batches = engine.run()
+    assert [
+        (ids(batch.admitted), ids(batch.preempted)) for batch in batches if batch.admitted or batch.preempted
+    ] == [
+        (["new"], []),
+        ([], ["new"]),
+    ]
+    assert (victim.num_preemptions, victim.cached_tokens) == (1, 0)
+
+
 def test_a_sequence_alone_may_fill_the_pool_and_then_ends():
     engine = EngineModel(num_pages=4, page_size=2)
     engine.add("a", [1, 2, 3], max_tokens=50)

@@ -73,8 +73,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_request_is_somewhere(self):
-        if not hasattr(self, "engine"):
-            return
         self.engine.cache.check()
         ended = set(self.engine.finished) | self.aborted
         assert len(self.engine.finished) == len(set(self.engine.finished))
@@ -85,7 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.running + stats.waiting == len(self.engine.sequences) - len(ended)
 
     def teardown(self):
-        if not hasattr(self, "engine"):
+        if not hasattr(self, "engine"):  # hypothesis may give up before `start`
             return
         # Nobody starves: at the very worst all run one after the other, a token at a time.
         live = [s for s in self.engine.sequences.values() if s.status is not SequenceStatus.FINISHED]
@@ -97,4 +95,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
