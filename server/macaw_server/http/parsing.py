@@ -58,7 +58,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         if len(body) > max_bytes:
             _too_large(f"More than {max_bytes:,} bytes", max_bytes)
     try:
-        parsed = json.loads(bytes(body), parse_constant=_refuse_constant)
+        parsed = json.loads(body.decode(), parse_constant=_refuse_constant)
         if rb"\ud" in body.lower():  # half a surrogate pair may be spelt, but is no text
             json.dumps(parsed, ensure_ascii=False).encode()
     except json.JSONDecodeError as e:
@@ -166,10 +166,10 @@ def _describe(errors: Sequence[ErrorDetails], body: dict[str, Any], kind: type[W
         hint = f" Did you mean {close[0]}?" if close else " Leave it out."
         return text, f"{text} is not a known field.{hint}"
     same_place = (e for other, e in located if other == path)
-    wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in same_place))
+    wanted = " or ".join(dict.fromkeys(_lowered(e["msg"].removeprefix("Value error, ")) for e in same_place))
     if field == "content" and error["type"] in ("string_type", "list_type"):
         wanted = _CONTENT
-    return text, f"{text or 'The body'}: {_shown(error['input'])} was given; {wanted[0].lower()}{wanted[1:]}."
+    return text, f"{text or 'The body'}: {_shown(error['input'])} was given; {wanted}."
 
 
 def _path(error: ErrorDetails, body: object) -> list[str | int]:
@@ -186,6 +186,10 @@ def _path(error: ErrorDetails, body: object) -> list[str | int]:
             path.append(item)
             body = body[item]
     return path
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _shown(value: object) -> str:

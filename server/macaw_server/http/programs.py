@@ -85,7 +85,7 @@ class ProgramEndpoints:
 
 
 def _after(request: Request) -> int:
-    value = request.query_params.get("after", "-1")
+    value = request.query_params.get("after", request.headers.get("last-event-id", "-1"))
     try:
         after = int(value)
     except ValueError:

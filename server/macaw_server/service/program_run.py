@@ -13,6 +13,7 @@ from typing import Any
 from macaw.errors import CancelledError, DeadlineExceededError, InternalServerError, MacawError
 from macaw.protocol import (
     AnyEvent,
+    Call,
     CallCompleted,
     CallDelta,
     CallFailed,
@@ -57,6 +58,7 @@ class ProgramRun:
     Attributes:
         started_s: Monotonic seconds; all times in the program count from here.
         values: Variables that have a value.
+        num_live_calls: Unfinished calls; a call with `n` choices counts `n` times.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ProgramRun:
         self.tenant = tenant
         self.started_s = time.monotonic()
         self.values: dict[str, str] = {}
+        self.num_live_calls = sum(map(weight, program.request.calls))
         self._surroundings = surroundings
         self._prepared = prepared
         self._hints = hints
@@ -79,7 +82,6 @@ class ProgramRun:
         self._runners: dict[str, CallRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
-        self._num_finished = 0
         self._num_attached = 0
 
     @property
@@ -91,11 +93,6 @@ class ProgramRun:
     def is_plain(self) -> bool:
         """Whether the program stands for an OpenAI request."""
         return self._hints is not None
-
-    @property
-    def num_live_calls(self) -> int:
-        """Calls that are not finished."""
-        return len(self.program.calls) - self._num_finished
 
     @property
     def state(self) -> ProgramState:
@@ -113,6 +110,7 @@ class ProgramRun:
         """Add to the program. Raises `InvalidProgramError`, and then nothing has changed."""
         events = self.program.grow(growth, self._now_ms())
         self._prepared |= prepared
+        self.num_live_calls += sum(map(weight, growth.calls))
         self._apply(events)
 
     def set_variable(self, name: str, value: str) -> None:
@@ -187,10 +185,10 @@ class ProgramRun:
                 case VariableResolved(variable=name, value=value):
                     self.values[name] = value
                 case CallCompleted(call_id=call_id):
-                    self._num_finished += 1
+                    self.num_live_calls -= weight(self.program.calls[call_id].call)
                     self._runners.pop(call_id, None)
                 case CallFailed(call_id=call_id):
-                    self._num_finished += 1
+                    self.num_live_calls -= weight(self.program.calls[call_id].call)
                     if (runner := self._runners.pop(call_id, None)) is not None:
                         runner.abort()
         if not all(isinstance(event, CallDelta) for event in events):
@@ -224,7 +222,7 @@ class ProgramRun:
             if prepared is None:
                 values = program.values(node)
                 prepared = await self._surroundings.preparer.prepare(call, values, program.request.model)
-            if node.finished:
+            if node.status != "running":
                 return  # cancelled meanwhile
             self._runners[call.id] = self._runner(node, prepared)
             self._runners[call.id].start()
@@ -291,6 +289,11 @@ class ProgramRun:
 
     def _now_ms(self) -> float:
         return (time.monotonic() - self.started_s) * 1000
+
+
+def weight(call: Call) -> int:
+    """Sequences that an engine has to generate for a call."""
+    return call.request.n or 1
 
 
 def _overridden(deduced: CallHints, given: Hints, tenant: Tenant) -> CallHints:

@@ -19,11 +19,11 @@ from macaw.errors import (
     NotFoundError,
     OverloadedError,
 )
-from macaw.protocol import Hints, ProgramGrowth, ProgramRequest, Variable
+from macaw.protocol import Call, Hints, ProgramGrowth, ProgramRequest, Variable
 from macaw_server.programs.program import Program
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.models import ModelRegistry
-from macaw_server.service.program_run import ProgramRun, Surroundings
+from macaw_server.service.program_run import ProgramRun, Surroundings, weight
 from macaw_server.service.prompts import PromptPreparer
 from macaw_server.service.tenants import Tenants
 from macaw_server.service.types import ServedModel, ServiceConfig, Tenant
@@ -73,7 +73,7 @@ class ProgramService:
 
     @property
     def num_live_calls(self) -> int:
-        """Unfinished calls of all programs."""
+        """Unfinished calls of all programs; one with `n` choices counts `n` times."""
         return sum(run.num_live_calls for run in self._live.values())
 
     @property
@@ -120,7 +120,7 @@ class ProgramService:
 
     async def grow(self, run: ProgramRun, growth: ProgramGrowth) -> None:
         """Add to a program: all of it, or nothing and an error."""
-        self._check_capacity(len(growth.calls))
+        self._check_capacity(growth.calls)
         values = run.values | _declared(growth.variables)
         model = run.program.request.model
         prepared = await self._surroundings.preparer.prepare_known(growth.calls, values, model, plain=False)
@@ -168,7 +168,7 @@ class ProgramService:
     async def _create(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
         plain = hints is not None
         self._check_draining()
-        self._check_capacity(len(request.calls))
+        self._check_capacity(request.calls)
         if request.model is not None or len(self.models) == 1:
             request = request.model_copy(update={"model": self.models.find(request.model).name})
         program = Program(f"prog-{secrets.token_hex(16)}", request, plain=plain)
@@ -176,7 +176,7 @@ class ProgramService:
             request.calls, _declared(request.variables), request.model, plain=plain
         )
         self._check_draining()
-        self._check_capacity(len(request.calls))
+        self._check_capacity(request.calls)
         run = ProgramRun(program, tenant, self._surroundings, prepared, hints)
         self._live[run.id] = run
         run.start()
@@ -190,8 +190,8 @@ class ProgramService:
                 retry_after_s=5.0,
             )
 
-    def _check_capacity(self, num_new: int) -> None:
-        limit, live = self.config.max_live_calls, self.num_live_calls
+    def _check_capacity(self, new: Sequence[Call]) -> None:
+        limit, live, num_new = self.config.max_live_calls, self.num_live_calls, sum(map(weight, new))
         if num_new > limit:
             raise InvalidProgramError(
                 f"{num_new:,} calls at once are over this server's limit of {limit:,}. Send fewer, and grow "
@@ -219,7 +219,7 @@ class ProgramService:
         del self._live[run.id]
         if not self._live:
             self._all_ended.set()
-        self._ends.append((time.monotonic(), len(run.program.calls)))
+        self._ends.append((time.monotonic(), sum(weight(node.call) for node in run.program.calls.values())))
         if not run.is_plain:
             self._kept[run.id] = run, time.monotonic()
             self._num_kept_events += len(run.program.events)

@@ -16,7 +16,8 @@ class ServiceConfig:
     Attributes:
         api_keys: Accepted keys, one tenant each; none: everybody is the same, anonymous tenant.
         max_body_bytes: Largest request body.
-        max_live_calls: Calls of unfinished programs; more are refused with `overloaded`.
+        max_live_calls: Calls of unfinished programs, with `n` choices counted as `n`; more are refused with
+            `overloaded`.
         max_kept_programs: Finished programs that can still be asked for.
         max_kept_events: The same bound in events, for what a program costs in memory is its events.
         kept_s: How long a finished program can be asked for at most, seconds.

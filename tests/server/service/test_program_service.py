@@ -1,0 +1,487 @@
+"""The life of programs over a scripted engine: growth, failure, cancelling, limits, forgetting, draining."""
+
+import asyncio
+
+import pytest
+
+from macaw.errors import (
+    CancelledError,
+    ContextLengthError,
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidProgramError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnknownModelError,
+)
+from macaw.protocol import Call, Hints, ProgramGrowth, Target, Variable
+from macaw_server.engine.types import CallClass
+from macaw_server.service import Tenant
+from macaw_server.service.tenants import ANONYMOUS
+from server.service.harness import (
+    MAX_MODEL_LEN,
+    MODEL,
+    ScriptedEngine,
+    call,
+    chat_prompt,
+    encode,
+    program,
+    submit,
+    tokenizer,
+    until,
+)
+
+OTHER = Tenant("other", "salt-of-other")
+CHAIN = {"Draft": "a draft", "Polish": "a polished text"}
+
+
+def chain(**fields):
+    return program(
+        ("draft", "Draft it."), ("polish", "Polish: ", "$draft.out"), targets=["polish.out"], **fields
+    )
+
+
+async def finished(service, request, **kwargs):
+    run = await submit(service, request, **kwargs)
+    await run.wait()
+    return run
+
+
+async def test_the_answer_of_one_call_is_in_the_prompt_of_the_next(make):
+    engine = ScriptedEngine(CHAIN)
+    run = await finished(make(engine), chain())
+    assert engine.prompts() == [chat_prompt("Draft it."), chat_prompt("Polish: a draft")]
+    assert run.state.result() == {"polish.out": "a polished text"}
+    assert [event.sequence for event in run.program.events] == list(range(len(run.program.events)))
+    assert run.state.critical_path == ["draft", "polish"]
+    assert run.state.model == MODEL
+
+
+async def test_prompts_are_the_tokens_of_the_whole_text(make):
+    engine = ScriptedEngine({"start": "alpha bet"})
+    await finished(make(engine), program(("a", "start"), ("b", "x", "$a.out", "y"), targets=["b.out"]))
+    whole = tokenizer().encode(chat_prompt("xalpha bety"), add_special_tokens=False)
+    assert engine.requests[1].prompt_ids == whole
+
+
+async def test_scheduler_hints_come_from_the_graph(make):
+    engine = ScriptedEngine()
+    maps = [(f"map{i}", f"Part {i}") for i in range(3)]
+    reduce = ("reduce", *(f"$map{i}.out" for i in range(3)))
+    run = await finished(make(engine), program(*maps, reduce, targets=["reduce.out"]))
+    hints = [request.hints for request in engine.requests]
+    assert [h.call_class for h in hints] == [CallClass.GROUP] * 3 + [CallClass.LATENCY]
+    assert [h.depth for h in hints] == [0, 0, 0, 1]
+    assert {h.group for h in hints[:3]} == {"reduce"}
+    assert {h.program_id for h in hints} == {run.id}
+
+
+async def test_hints_of_plain_requests_override_the_graph(make):
+    engine = ScriptedEngine()
+    service = make(engine)
+    one = program(("0", "Hi"), targets=["0.out"])
+    for hints in (Hints(app="x", group="g", stage=2), Hints(app="x", objective="latency"), Hints()):
+        await finished(service, one, hints=hints)
+    await finished(service, one, hints=Hints(app="x"), tenant=OTHER)
+    first, second, third, other = (request.hints for request in engine.requests)
+    assert (first.program_id, first.call_class, first.group, first.depth) == (
+        "anonymous/x",
+        CallClass.GROUP,
+        "g",
+        2,
+    )
+    assert (second.program_id, second.call_class) == ("anonymous/x", CallClass.LATENCY)
+    assert third.program_id.startswith("prog-")
+    assert other.program_id == "other/x"
+    assert engine.requests[3].salt == OTHER.salt != engine.requests[0].salt
+
+
+async def test_max_concurrency_bounds_the_calls_at_work(make):
+    engine = ScriptedEngine(held=True)
+    calls = [(str(i), f"Part {i}") for i in range(5)]
+    run = await submit(
+        make(engine), program(*calls, targets=[f"{i}.out" for i in range(5)], max_concurrency=2)
+    )
+    most = 0
+    while not run.program.ended:
+        await asyncio.sleep(0)
+        most = max(most, len(engine.active))
+        engine.step()
+    assert most == 2
+    assert run.program.status == "completed"
+
+
+class TestGrowth:
+    async def test_an_open_program_grows_by_external_variables_and_calls(self, make):
+        engine = ScriptedEngine({"Draft": "a draft", "yes": "agreed"})
+        service = make(engine)
+        run = await submit(
+            service, program(("draft", "Draft it."), variables={"verdict": {"external": True}}, open=True)
+        )
+        await until(lambda: "draft.out" in run.values)
+        judge = call("judge", "$draft.out", "? ", "$verdict")
+        growth = ProgramGrowth(
+            calls=[Call.model_validate(judge)], targets=[Target(variable="judge.out")], close=True
+        )
+        await service.grow(run, growth)
+        assert len(engine.requests) == 1
+        run.set_variable("verdict", "yes")
+        await run.wait()
+        assert run.state.result() == {"judge.out": "agreed"}
+        assert engine.prompts()[1] == chat_prompt("a draft? yes")
+
+    async def test_a_refused_growth_changes_nothing(self, make):
+        engine = ScriptedEngine()
+        service = make(engine)
+        run = await submit(service, program(open=True))
+        before = run.state.model_dump(exclude={"duration_ms"})
+        fits, too_long = call("fits", "Hi"), call("long", "word " * MAX_MODEL_LEN)
+        growth = ProgramGrowth(calls=[Call.model_validate(fits), Call.model_validate(too_long)])
+        with pytest.raises(ContextLengthError) as e:
+            await service.grow(run, growth)
+        assert e.value.param == "calls[1].request"
+        assert run.state.model_dump(exclude={"duration_ms"}) == before
+        assert engine.requests == []
+
+    async def test_a_program_without_growth_refuses_it(self, make):
+        service = make(ScriptedEngine(held=True))
+        run = await submit(service, program(("a", "Hi"), targets=["a.out"]))
+        with pytest.raises(InvalidProgramError, match="closed and cannot grow"):
+            await service.grow(run, ProgramGrowth(variables={"x": Variable(value="y")}))
+
+    async def test_a_program_that_waits_too_long_for_its_client_is_given_up(self, make):
+        run = await finished(make(idle_s=0.0), program(("a", "Hi"), open=True))
+        assert isinstance(run.program.error, DeadlineExceededError)
+        assert "waited 0 s for its client" in run.program.error.message
+
+    async def test_a_program_at_work_is_not_idle(self, make):
+        run = await finished(make(idle_s=0.0), chain())
+        assert run.program.status == "completed"
+
+
+class TestRefusals:
+    """What can be known to be wrong is refused before anything starts."""
+
+    @pytest.mark.parametrize(
+        ("request_", "error", "param", "text"),
+        [
+            (
+                program(("a", "x", "$b"), targets=["a.out"]),
+                InvalidProgramError,
+                None,
+                "'b' is not in the program",
+            ),
+            (
+                program(("a", "Hi"), targets=["a.out"], model="gpt-9"),
+                UnknownModelError,
+                "model",
+                f"'{MODEL}'",
+            ),
+            (
+                program(("a", "word " * MAX_MODEL_LEN), targets=["a.out"]),
+                ContextLengthError,
+                "calls[0].request",
+                f"context of {MAX_MODEL_LEN}",
+            ),
+            (
+                program(
+                    ("a", "word " * 300, "$v"), targets=["a.out"], variables={"v": {"value": "word " * 300}}
+                ),
+                ContextLengthError,
+                "calls[0].request",
+                "Shorten the prompt",
+            ),
+        ],
+    )
+    async def test_sound_errors_and_nothing_starts(self, make, request_, error, param, text):
+        engine = ScriptedEngine()
+        service = make(engine)
+        with pytest.raises(error, match=text) as e:
+            await submit(service, request_)
+        assert param is None or e.value.param == param
+        assert engine.requests == []
+        assert service.list(ANONYMOUS) == []
+
+    @pytest.mark.parametrize(
+        ("fields", "param", "text"),
+        [
+            ({"logit_bias": {"400": 1.0}}, "logit_bias", "token id 400; the model's ids are 0 to 399"),
+            ({"stop_token_ids": [5, 4000]}, "stop_token_ids", "token id 4000"),
+            ({"min_tokens": 21}, "min_tokens", "min_tokens 21 is over max_tokens 20"),
+            ({"max_completion_tokens": 3}, "max_tokens", "Both max_tokens"),
+            ({"model": "gpt-9"}, "model", "'gpt-9' is not served. Served: 'tiny/scripted'"),
+        ],
+    )
+    async def test_calls_are_checked_even_where_the_prompt_is_not_known(self, make, fields, param, text):
+        request = program(targets=["b.out"], calls=[call("a", "Hi"), call("b", "$a.out", **fields)])
+        with pytest.raises((InvalidProgramError, UnknownModelError), match=text) as e:
+            await submit(make(), request)
+        assert e.value.param == f"calls[1].request.{param}"
+
+    async def test_an_engine_that_is_gone_takes_no_programs(self, make):
+        engine = ScriptedEngine()
+        engine.status = "failed"
+        with pytest.raises(EngineFailedError, match="Restart the server"):
+            await submit(make(engine), chain())
+
+
+class TestFailures:
+    async def test_a_call_that_turns_out_too_long_fails_alone(self, make):
+        engine = ScriptedEngine({"Draft": "word " * 60})
+        service = make(engine)
+        calls = [("draft", "Draft it."), ("long", *["$draft.out"] * 8), ("short", "Polish: ", "$draft.out")]
+        request = program(
+            targets=["long.out", "short.out"],
+            calls=[call(*calls[0], max_tokens=70), call(*calls[1]), call(*calls[2])],
+        )
+        run = await finished(service, request)
+        errors = {c.id: c.error.code for c in run.state.calls if c.error}
+        assert errors == {"long": "context_length_exceeded"}
+        assert run.state.status == "failed"
+        assert "short.out" in run.state.variables
+
+    async def test_an_engine_error_fails_the_call_and_what_needs_it(self, make):
+        engine = ScriptedEngine(held=True)
+        run = await submit(make(engine), chain())
+        await until(lambda: engine.active)
+        engine.fail("engine_failed", "the engine died 2 times while it worked on this call")
+        assert {c.id: c.error.code for c in run.state.calls} == {
+            "draft": "engine_failed",
+            "polish": "upstream_failed",
+        }
+        assert run.program.ended
+
+    async def test_an_engine_error_stops_the_other_choices(self, make):
+        engine = ScriptedEngine(held=True)
+        run = await submit(make(engine), program(calls=[call("a", "Hi", n=3)], targets=["a.out"]))
+        await until(lambda: len(engine.active) == 3)
+        engine.fail("engine_failed", "gone", engine.active[:1])
+        assert len(engine.aborted) == 2
+        assert run.program.status == "failed"
+
+    async def test_a_bug_in_the_server_fails_one_call(self, make, caplog):
+        engine = ScriptedEngine(held=True)
+        service = make(engine)
+        broken, fine = await submit(service, chain()), await submit(service, chain())
+        await until(lambda: len(engine.active) == 2)
+        engine.say(engine.active[0], ["not a token"])
+        engine.step()
+        assert broken.state.calls[0].error.code == "internal_error"
+        assert "Traceback" in caplog.text
+        engine.release()
+        await fine.wait()
+        assert fine.program.status == "completed"
+
+
+class TestEnd:
+    async def test_cancelling_stops_the_engine_at_once(self, make):
+        engine = ScriptedEngine(held=True)
+        service = make(engine)
+        run = await submit(service, program(("a", "A"), ("b", "B"), targets=["a.out", "b.out"]))
+        await until(lambda: len(engine.active) == 2)
+        run.cancel(CancelledError("enough"))
+        assert engine.active == []
+        assert service.num_live_calls == 0
+        assert {c.error.code for c in run.state.calls} == {"cancelled"}
+        run.cancel(CancelledError("again"))
+        assert run.state.error.message == "enough"
+
+    async def test_cancelling_while_a_prompt_is_rendered_submits_nothing(self, make):
+        engine = ScriptedEngine({"Draft": "a draft"}, held=True)
+        run = await submit(make(engine), chain())
+        await until(lambda: engine.active)
+        while "draft.out" not in run.values:
+            engine.step()
+        run.cancel(CancelledError("enough"))
+        await asyncio.gather(*run._tasks)
+        assert len(engine.requests) == 1
+
+    async def test_the_last_client_to_leave_cancels(self, make):
+        engine = ScriptedEngine(held=True)
+        run = await submit(make(engine), chain())
+        with run.attached():
+            with run.attached():
+                pass
+            assert not run.program.ended
+        assert run.state.error.code == "cancelled"
+
+    async def test_a_detached_program_outlives_its_client(self, make):
+        run = await submit(make(), chain(detached=True))
+        with run.attached():
+            pass
+        await run.wait()
+        assert run.program.status == "completed"
+
+    async def test_a_deadline_cancels(self, make):
+        engine = ScriptedEngine(held=True)
+        request = program(("a", "A"), targets=[])
+        request.targets.append(Target(variable="a.out", deadline_ms=1.0))
+        run = await finished(make(engine), request)
+        assert isinstance(run.program.error, DeadlineExceededError)
+        assert "The deadline of 1 ms has passed. Calls still running: a." in run.program.error.message
+        assert engine.active == []
+
+
+class TestEvents:
+    async def test_every_follower_sees_every_event_from_where_it_asks(self, make):
+        engine = ScriptedEngine(CHAIN, held=True)
+        run = await submit(make(engine), chain())
+
+        async def follow(after):
+            return [event async for event in run.events(after)]
+
+        early = [asyncio.create_task(follow(after)) for after in (-1, 0)]
+        await until(lambda: engine.active)
+        for _ in range(2):
+            engine.step()
+        late = asyncio.create_task(follow(1))
+        engine.release()
+        from_start, from_first, from_second = await asyncio.gather(*early, late)
+        assert from_start == run.program.events
+        assert from_first == run.program.events[1:]
+        assert from_second == run.program.events[2:]
+        assert [event async for event in run.events(len(run.program.events) - 1)] == []
+
+    async def test_a_follower_that_is_cancelled_disturbs_nobody(self, make):
+        engine = ScriptedEngine(CHAIN, held=True)
+        run = await submit(make(engine), chain())
+        leaver, stayer = asyncio.create_task(run.wait()), asyncio.create_task(run.wait())
+        await until(lambda: engine.active)
+        leaver.cancel()
+        engine.release()
+        await stayer
+        assert run.program.status == "completed"
+
+
+class TestIdempotency:
+    async def test_the_same_body_joins(self, make):
+        engine = ScriptedEngine(CHAIN)
+        service = make(engine)
+        first, second = await asyncio.gather(
+            submit(service, chain(idempotency_key="k")), submit(service, chain(idempotency_key="k"))
+        )
+        await first.wait()
+        assert await submit(service, chain(idempotency_key="k")) is first is second
+        assert len(engine.requests) == 2
+
+    async def test_another_body_is_refused(self, make):
+        service = make()
+        await submit(service, chain(idempotency_key="k"))
+        with pytest.raises(InvalidRequestError, match="was used for another body") as e:
+            await submit(service, chain(idempotency_key="k", detached=True))
+        assert e.value.param == "idempotency_key"
+
+    async def test_a_key_belongs_to_its_tenant(self, make):
+        service = make()
+        mine = await submit(service, chain(idempotency_key="k"))
+        theirs = await submit(service, chain(idempotency_key="k"), tenant=OTHER)
+        assert mine.id != theirs.id
+
+    async def test_a_refused_program_does_not_hold_its_key(self, make):
+        service = make()
+        wrong = program(("a", "x", "$b"), targets=["a.out"], idempotency_key="k")
+        results = await asyncio.gather(submit(service, wrong), submit(service, wrong), return_exceptions=True)
+        assert [type(r) for r in results] == [InvalidProgramError] * 2
+        await finished(service, chain(idempotency_key="k"))
+
+
+class TestLimits:
+    async def test_too_many_live_calls_are_refused_until_some_end(self, make):
+        engine = ScriptedEngine(CHAIN, held=True)
+        service = make(engine, max_live_calls=3)
+        run = await submit(service, chain())
+        with pytest.raises(OverloadedError, match="2 calls are waiting or running") as e:
+            await submit(service, chain())
+        assert e.value.status == 429
+        assert e.value.retry_after_s == 60.0
+        engine.release()
+        await run.wait()
+        await submit(service, chain())
+        with pytest.raises(OverloadedError) as e:
+            await submit(service, chain())
+        assert e.value.retry_after_s == 1.0
+
+    async def test_every_choice_counts_as_a_call(self, make):
+        engine = ScriptedEngine(held=True)
+        service = make(engine, max_live_calls=4)
+        run = await submit(service, program(calls=[call("a", "Hi", n=3)], targets=["a.out"]))
+        assert service.num_live_calls == 3
+        with pytest.raises(OverloadedError):
+            await submit(service, chain())
+        engine.release()
+        await run.wait()
+        assert service.num_live_calls == 0
+
+    async def test_a_program_that_can_never_fit_is_told_so(self, make):
+        with pytest.raises(InvalidProgramError, match="2 calls at once are over this server's limit of 1"):
+            await submit(make(max_live_calls=1), chain())
+
+    async def test_finished_programs_are_kept_up_to_a_number(self, make):
+        service = make(max_kept_programs=2)
+        runs = [await finished(service, chain(idempotency_key=str(i))) for i in range(4)]
+        assert service.list(ANONYMOUS) == runs[2:]
+        with pytest.raises(NotFoundError):
+            service.get(ANONYMOUS, runs[1].id)
+        assert (await submit(service, chain(idempotency_key="0"))).id != runs[0].id
+
+    async def test_finished_programs_are_kept_up_to_a_number_of_events(self, make):
+        service = make(max_kept_events=1)
+        runs = [await finished(service, chain()) for _ in range(2)]
+        assert service.list(ANONYMOUS) == runs[1:]
+
+    async def test_finished_programs_are_kept_for_a_time(self, make):
+        service = make(kept_s=0.0)
+        run = await finished(service, chain())
+        assert service.list(ANONYMOUS) == []
+        assert run.program.status == "completed"
+
+    async def test_programs_of_other_tenants_are_not_found(self, make):
+        service = make(ScriptedEngine(held=True))
+        run = await submit(service, chain())
+        with pytest.raises(NotFoundError):
+            service.get(OTHER, run.id)
+        assert service.get(ANONYMOUS, run.id) is run
+        assert service.list(OTHER) == []
+
+    async def test_plain_programs_are_not_kept(self, make):
+        service = make()
+        run = await finished(service, program(("0", "Hi"), targets=["0.out"]), hints=Hints())
+        with pytest.raises(NotFoundError):
+            service.get(ANONYMOUS, run.id)
+
+
+class TestDrain:
+    async def test_running_programs_end_and_new_ones_are_refused(self, make):
+        engine = ScriptedEngine(CHAIN, held=True)
+        service = make(engine)
+        run = await submit(service, chain())
+        draining = asyncio.create_task(service.drain(60))
+        await until(lambda: service.draining)
+        with pytest.raises(OverloadedError, match="shutting down") as e:
+            await submit(service, chain())
+        assert e.value.status == 503
+        engine.release()
+        await draining
+        assert run.program.status == "completed"
+
+    async def test_what_does_not_end_in_time_is_cancelled(self, make):
+        engine = ScriptedEngine(held=True)
+        service = make(engine)
+        run = await submit(service, chain())
+        await until(lambda: engine.active)
+        await service.drain(0)
+        assert run.state.error.code == "cancelled"
+        assert engine.active == []
+
+
+async def test_prompt_tokens_are_counted_once(make):
+    run = await finished(make(), program(calls=[call("a", "Hi", n=2)], targets=["a.out"]))
+    prompt = len(encode(chat_prompt("Hi")))
+    assert run.state.totals.model_dump() == {
+        "calls": 1,
+        "prompt_tokens": prompt,
+        "cached_tokens": prompt // 2,
+        "computed_tokens": prompt - prompt // 2,
+        "completion_tokens": 40,
+    }
