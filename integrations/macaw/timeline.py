@@ -39,6 +39,7 @@ def _line(call: CallState, label_width: int, columns: int, end: float, critical:
         first = min(int(start / end * columns), columns - 1)
         last = min(max(int(stop / end * columns), first + 1), columns)
         bar[first:last] = mark * (last - first)
-    spent = f"{t.completed_ms - t.ready_ms:,.0f} ms" if None not in (t.completed_ms, t.ready_ms) else call.status
+    ended = t.completed_ms is not None and t.ready_ms is not None
+    spent = f"{(t.completed_ms or 0) - (t.ready_ms or 0):,.0f} ms" if ended else call.status
     label = f"{'*' if critical else ' '}{call.id}"[:label_width]
     return f"{label:{label_width}}{''.join(bar)} {spent:>10}"
