@@ -21,7 +21,7 @@ BlockTable = Sequence[int] | IntArray
 
 @dataclass(slots=True)
 class _Node:
-    """A run of pages ``[start, end)`` that all members share; see `_decide` for the rest."""
+    """A run of pages up to page `end` that all members share, from its parent's end on; see `_decide`."""
 
     end: int
     members: IntArray

@@ -8,7 +8,7 @@ from macaw_kernels.types import DeviceProfile
 
 CPU_TORCH = DeviceProfile(
     "cpu-torch",
-    share_us=150.0,
+    share_us=200.0,
     kv_element_ns=0.4,
     state_element_ns=4.0,
     launch_us=40.0,

@@ -100,6 +100,23 @@ def test_chunks_longer_than_a_mask_block() -> None:
         check(batch, ALWAYS_SHARE, window=window)
 
 
+@PROFILES
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_window_about_as_long_as_the_context(profile: DeviceProfile, hidden: int) -> None:
+    sequences = [Seq({"doc": 4}, own=9), Seq({"doc": 4}, own=9), Seq({"doc": 4}, own=8, query=6)]
+    check(make_batch(sequences, GQA), profile, window=4 * 16 + 9 - hidden)
+
+
+@PROFILES
+def test_strided_queries_and_output(profile: DeviceProfile) -> None:
+    """As a model hands them over: ``[heads, tokens, head_dim]`` in memory."""
+    batch = make_batch(THREE_LEVELS, GQA)
+    q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
+    out = torch.full((8, len(q), 64), torch.nan).transpose(0, 1)
+    attend(q, batch.k_pages, batch.v_pages, batch.plan(profile), out, scale=batch.scale)
+    torch.testing.assert_close(out.double(), batch.reference(), rtol=2e-5, atol=2e-6)
+
+
 def test_dense_path_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "MAX_SCORES", 1000)
     batch = make_batch(THREE_LEVELS, GQA)
