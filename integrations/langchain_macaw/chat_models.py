@@ -6,7 +6,7 @@ import os
 from typing import Any, Self
 
 from langchain_core.callbacks import Callbacks
-from langchain_core.language_models.base import LanguageModelInput, LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables.config import ContextThreadPoolExecutor
@@ -15,7 +15,7 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, SecretStr, model_validator
 
 from langchain_macaw.completions import AsyncReplayingCompletions, ReplayingCompletions
-from langchain_macaw.connections import TIMEOUT, shared_async_client, shared_client
+from langchain_macaw.connections import shared_async_client, shared_client
 from macaw import AsyncMacawClient, MacawClient
 
 _SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
@@ -27,8 +27,8 @@ _CLIENT_FIELDS = {"client", "async_client", "root_client", "root_async_client"}
 class ChatMacaw(BaseChatOpenAI):
     """A chat model on a Macaw server, in the place of `ChatOpenAI`.
 
-    It takes `ChatOpenAI`'s arguments; what the server does not know it refuses by name. In a chain that went through
-    `langchain_macaw.compile`, its answers come from the chain's program.
+    It takes `ChatOpenAI`'s arguments; what the server does not know it refuses by name. In a chain that went
+    through `langchain_macaw.compile`, its answers come from the chain's program.
 
     Example:
         .. code-block:: python
@@ -76,7 +76,8 @@ class ChatMacaw(BaseChatOpenAI):
         """Macaw has no responses API."""
         if self.use_responses_api or self.output_version == "responses/v1":
             raise ValueError(
-                "ChatMacaw speaks /v1/chat/completions: leave out use_responses_api and output_version='responses/v1'."
+                "ChatMacaw speaks /v1/chat/completions. "
+                "Leave out use_responses_api and output_version='responses/v1'."
             )
         self.use_responses_api = False
         return self
@@ -136,7 +137,7 @@ class ChatMacaw(BaseChatOpenAI):
         callbacks: Callbacks = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As `BaseChatModel.generate`, but several prompts run at the same time rather than one after the other."""
+        """As `BaseChatModel.generate`, but several prompts run at the same time."""
         if len(messages) < 2:
             return super().generate(messages, stop, callbacks, **kwargs)
         run_ids = [kwargs.pop("run_id", None), *[None] * (len(messages) - 1)]
@@ -153,12 +154,15 @@ class ChatMacaw(BaseChatOpenAI):
             run=[run for result in results for run in result.run or []] or None,
         )
 
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        return super()._combine_llm_outputs([_without_none(output) for output in llm_outputs])
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Connections stay behind; a model that was given its own HTTP client cannot be pickled."""
         fields = {name: getattr(self, name) for name in self.model_fields_set - _CLIENT_FIELDS}
         return _rebuild, (type(self), fields)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # -------------------------------------------------------------------------------------------------------
     # For `langchain_macaw.compile`
 
     def _can_join(self, other: ChatMacaw | None) -> bool:
@@ -195,3 +199,10 @@ class ChatMacaw(BaseChatOpenAI):
 
 def _rebuild(cls: type[ChatMacaw], fields: dict[str, Any]) -> ChatMacaw:
     return cls(**fields)
+
+
+def _without_none(output: Any) -> Any:
+    """Counts that the server does not give: `BaseChatOpenAI` cannot add them up."""
+    if not isinstance(output, dict):
+        return output
+    return {key: _without_none(value) for key, value in output.items() if value is not None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import copy_context
@@ -16,11 +14,9 @@ from langchain_core.runnables.utils import Input, Output
 
 import langchain_macaw.rules  # noqa: F401  (registers the rules of lowering)
 from langchain_macaw.chat_models import ChatMacaw
-from langchain_macaw.lowering import Lowering, Scope, rule
+from langchain_macaw.lowering import Lowering, Scope, rule, warn_once
 from langchain_macaw.plan import CURRENT_PLAN, Plan
 from langchain_macaw.replay import Run, areplaying, replaying
-
-logger = logging.getLogger(__name__)
 
 Configs = RunnableConfig | Sequence[RunnableConfig] | None
 
@@ -28,8 +24,8 @@ Configs = RunnableConfig | Sequence[RunnableConfig] | None
 def compile(chain: RunnableLike[Input, Output]) -> Runnable[Input, Output]:
     """Wrap a chain so that each run sends all calls that are known ahead in one request.
 
-    The chain itself runs as before, with its callbacks, streaming, retries and exceptions; only the answers of its
-    `ChatMacaw` models come from the program. Calls that depend on client code are ordinary requests.
+    The chain itself runs as before, with its callbacks, streaming, retries and exceptions; only the answers
+    of its `ChatMacaw` models come from the program. Calls that depend on client code are ordinary requests.
 
     Args:
         chain: Any Runnable, or what LangChain makes one of. It is not changed.
@@ -37,7 +33,7 @@ def compile(chain: RunnableLike[Input, Output]) -> Runnable[Input, Output]:
     Returns:
         A Runnable with the same interface.
     """
-    runnable = coerce_to_runnable(chain)
+    runnable: Runnable[Input, Output] = coerce_to_runnable(cast("Any", chain))
     return runnable if isinstance(runnable, CompiledChain) else CompiledChain(bound=runnable)
 
 
@@ -46,7 +42,7 @@ class _Planned(NamedTuple):
     model: ChatMacaw
 
 
-class CompiledChain(RunnableBindingBase[Input, Output]):
+class CompiledChain(RunnableBindingBase[Input, Output]):  # type: ignore[no-redef]  # a field named kwargs
     """What `compile` returns: `bound`, run under a plan. It keeps no state between runs.
 
     `transform` and `atransform` take in their whole input before they start, since planning needs it.
@@ -94,7 +90,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
             outputs = self.bound.abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
             return await run.call(outputs)
 
-    def batch_as_completed(  # type: ignore[override]  # the base class has overloads for return_exceptions
+    def batch_as_completed(  # type: ignore[override]  # the base has overloads
         self,
         inputs: Sequence[Input],
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,
@@ -108,7 +104,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
             outputs = bound.batch_as_completed(inputs, config, return_exceptions=return_exceptions, **kwargs)
             yield from run.iterate(outputs)
 
-    async def abatch_as_completed(  # type: ignore[override]  # the base class has overloads for return_exceptions
+    async def abatch_as_completed(  # type: ignore[override]  # the base has overloads
         self,
         inputs: Sequence[Input],
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,
@@ -134,7 +130,8 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
     ) -> AsyncIterator[Output]:
         """As `bound.astream`."""
         async with self._arunning([input], config, kwargs, streaming=True) as run:
-            async with aclosing(run.aiterate(self.bound.astream(input, config, **kwargs))) as items:
+            outputs = self.bound.astream(input, config, **kwargs)
+            async with aclosing(run.aiterate(outputs)) as items:
                 async for item in items:
                     yield item
 
@@ -157,13 +154,13 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
                 async for item in items:
                     yield item
 
-    def astream_events(  # type: ignore[override]  # the base class has overloads for the version
+    def astream_events(  # type: ignore[override]  # the base has overloads
         self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[StreamEvent] | Awaitable[Any]:
         """As `bound.astream_events`. The base class would ask `bound`, past the plan; this asks `astream`."""
         if kwargs.get("version") == "v3":
-            return super().astream_events(input, config, **kwargs)
-        return Runnable.astream_events(self, input, config, **kwargs)
+            return cast("Awaitable[Any]", super().astream_events(input, config, **kwargs))
+        return cast("AsyncIterator[StreamEvent]", Runnable.astream_events(self, input, config, **kwargs))
 
     @contextmanager
     def _running(
@@ -190,7 +187,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
     def _plan(
         self, inputs: Sequence[Input], config: Configs, kwargs: Mapping[str, Any], streaming: bool
     ) -> _Planned | None:
-        """What can be planned of a run; None if that is nothing, or already part of the plan around this run."""
+        """What is known ahead of a run; None if nothing is, or if it is part of the plan around this run."""
         try:
             lowering = Lowering(streaming=streaming)
             configs = [config] * len(inputs) if config is None or isinstance(config, dict) else config
@@ -205,7 +202,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
             limit = (configs[0] or {}).get("max_concurrency") if configs else None
             plan = lowering.plan(results, max_concurrency=limit, metadata={"chain": self.get_name()[:256]})
         except Exception as error:
-            _warn_once(f"{self.get_name()} runs without a program: planning failed with {error!r}.")
+            warn_once(f"{self.get_name()} runs without a program: planning failed with {error!r}.")
             return None
         around = CURRENT_PLAN.get()
         if plan is None or lowering.model is None or (around and around.holds_any(plan.ready_keys())):
@@ -217,11 +214,6 @@ class CompiledChain(RunnableBindingBase[Input, Output]):
 def _compiled(lowering: Lowering, chain: CompiledChain[Any, Any], value: Any, scope: Scope) -> Any:
     """Inside another compiled chain, it is part of that one's program."""
     return lowering.lower(chain.bound, value, scope)
-
-
-@functools.lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _added_up(chunks: Iterable[Input]) -> list[Input]:

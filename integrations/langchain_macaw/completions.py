@@ -1,7 +1,7 @@
 """`openai`'s ``chat.completions``, answering from the current plan where that holds the request.
 
-This is the place where `BaseChatOpenAI` sends a request, whichever way it was called. What comes back has the types of
-`openai`'s own client, so conversion, usage, errors and callbacks are LangChain's.
+This is the place where `BaseChatOpenAI` sends a request, whichever way it was called. What comes back has the
+types of `openai`'s own client, so conversion, usage, errors and callbacks are LangChain's.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class AsyncReplayingCompletions:
         self.with_raw_response = _WithRawResponse(self._create_raw)
 
     async def create(self, **payload: Any) -> Any:
-        """A completion; for ``stream=True`` an asynchronous context manager whose value iterates over chunks."""
+        """As `ReplayingCompletions.create`, with an asynchronous context manager for ``stream=True``."""
         answer = await self._answer(payload)
         return await self._client.chat.completions.create(**payload) if answer is None else answer
 

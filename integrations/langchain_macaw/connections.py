@@ -1,7 +1,8 @@
 """Connections, shared by all models of the process.
 
-httpx's connections belong to the event loop they were opened in, while a model is used from whichever loop comes:
-`asyncio.run` makes a new one each time, tests one per test. So the asynchronous client has a pool for each loop.
+httpx's connections belong to the event loop they were opened in, while a model is used from whichever loop
+comes: `asyncio.run` makes a new one each time, tests one per test. So the asynchronous client has a pool for
+each loop.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import AsyncGenerator
 import httpx
 
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-# Idle connections are dropped before uvicorn does so (after 5 s): no request goes out on one that is being closed.
+# Idle connections are dropped before uvicorn does so (after 5 s): no request goes out on one that is being
+# closed.
 LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=4.0)
 
 
@@ -30,7 +32,8 @@ class PerLoopTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
             self._pools[loop] = httpx.AsyncHTTPTransport(limits=LIMITS)
-            # `asyncio.run` ends a loop by closing its suspended asynchronous generators: the hook to close the pool.
+            # `asyncio.run` ends a loop by closing its suspended asynchronous generators: the hook to close
+            # the pool.
             self._closers[loop] = self._close_with(loop)
             await anext(self._closers[loop])
         return await self._pools[loop].handle_async_request(request)

@@ -1,8 +1,9 @@
 """Lowering: a chain and its input, read as the calls of a program.
 
 Nothing of the chain's is executed but prompt templates. A Runnable that only moves values has a rule in
-`langchain_macaw.rules`; everything else (functions, tools, retrievers, parsers that read the text) is a client step: its
-value is `OPAQUE`, it runs natively and once, and what needs its value is asked for by ordinary requests.
+`langchain_macaw.rules`; everything else (functions, tools, retrievers, parsers that read the text) is a
+client step: its value is `OPAQUE`, it runs natively and once, and what needs its value is asked for by
+ordinary requests.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from langchain_core.runnables import Runnable
 
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.plan import Plan, PlannedCall
+from langchain_macaw.sentinel import (
+    ESCAPED_SUFFIX,
+    OPAQUE,
+    Answer,
+    NotStatic,
+    RendersRepr,
+    StandIns,
+    Variable,
+)
 from langchain_macaw.templates import RequestTemplate
-from langchain_macaw.sentinel import ESCAPED_SUFFIX, OPAQUE, Answer, NotStatic, StandIns, Variable
 from macaw.protocol import Call, ProgramRequest, Target, Transform
 
 logger = logging.getLogger(__name__)
@@ -66,12 +75,14 @@ class Lowering:
         self._calls: list[Call] = []
 
     def lower(self, runnable: Runnable[Any, Any], value: Any, scope: Scope) -> Any:
-        """The value of `runnable` on `value`, as far as it is known without running it; adds the calls it makes."""
+        """What `runnable` makes of `value`, as far as that is known without running it; adds its calls."""
         rule = _rule_for(type(runnable))
         if rule is None:
             return OPAQUE
         try:
             return rule(self, runnable, value, scope)
+        except RendersRepr as reason:
+            warn_once(str(reason))
         except NotStatic as reason:
             logger.info("%s is left to native execution: %s", runnable.get_name(), reason)
         except Exception as error:  # native execution meets the same, and there it is the user's to see
@@ -97,7 +108,8 @@ class Lowering:
         """The program that was collected; None if no call is known ahead.
 
         Args:
-            results: What `lower` gave for each input. The program's targets are the answers in there, and those that
+            results: What `lower` gave for each input. The program's targets are the answers in there, and
+            those that
                 no other call reads: client steps wait for them.
             max_concurrency: LangChain's limit on calls at the same time.
             metadata: Labels for the program.
@@ -121,11 +133,17 @@ class Lowering:
         return Plan(request, self._planned)
 
 
+@functools.lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    """Log a warning that each run would repeat."""
+    logger.warning(message)
+
+
 Rule = Callable[[Lowering, Any, Any, Scope], Any]
-_RULES: dict[type, Rule] = {}
+_RULES: dict[type[Any], Rule] = {}
 
 
-def rule(*kinds: type[Runnable[Any, Any]]) -> Callable[[Rule], Rule]:
+def rule(*kinds: type[Any]) -> Callable[[Rule], Rule]:
     """Register how Runnables of these kinds, and of subclasses that leave `invoke` as it is, are lowered."""
 
     def register(function: Rule) -> Rule:

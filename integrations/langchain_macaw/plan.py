@@ -10,8 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_macaw.templates import RequestTemplate, request_key
 from langchain_macaw.sentinel import ESCAPED_SUFFIX, mustache_escape
+from langchain_macaw.templates import RequestTemplate, request_key
 from macaw.errors import CancelledError
 from macaw.protocol import (
     AnyEvent,
@@ -32,14 +32,16 @@ CallEvent = CallDelta | CallCompleted | CallFailed
 
 _ABANDONED = CallFailed(
     call_id="abandoned",
-    error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
+    error=ErrorBody(
+        **CancelledError("The chain's run was abandoned before this answer was there.").to_wire()
+    ),
     timings=CallTimings(),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One call of the program: its id, its output variable and the request that native execution will make."""
+    """A call of the program: its id, its output variable, the request that native execution will make."""
 
     id: str
     output: str
@@ -63,7 +65,7 @@ class Replay:
             self._arrived = deque(event for event in self._arrived if not isinstance(event, CallDelta))
 
     def next(self) -> Future[CallEvent | None]:
-        """The next event, as soon as it is there; None when the program's stream broke before this call's end."""
+        """The next event, as soon as it is there; None if the stream broke before this call's end."""
         future: Future[CallEvent | None] = Future()
         with self._lock:
             if self._arrived:
@@ -150,7 +152,8 @@ class Plan:
             case ProgramCreated():
                 self.program_id = event.program_id
             case CallCompleted():
-                # Consumers can be asked for as soon as the reader of this call has its answer: publish them first.
+                # Consumers can be asked for as soon as the reader of this call has its answer: publish them
+                # first.
                 text = event.completion["choices"][0]["message"]["content"] or ""
                 self._resolve(self._calls[event.call_id].output, text)
                 self._replays[event.call_id].put(event)

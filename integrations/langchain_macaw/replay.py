@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple, TypeVar
@@ -50,7 +50,7 @@ class Run(NamedTuple):
         finally:
             await self.call(iterator.aclose())
 
-    async def call(self, coroutine: Any) -> Any:
+    async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the context."""
         return await asyncio.create_task(coroutine, context=self.context)
 

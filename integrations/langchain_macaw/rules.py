@@ -1,7 +1,7 @@
 """How each kind of Runnable is lowered; see `langchain_macaw.lowering`.
 
-A rule computes what `invoke` would return, with `Variable` and `Answer` in place of what models have yet to write, and
-raises whatever it likes where it cannot.
+A rule computes what `invoke` would return, with `Variable` and `Answer` in place of what models have yet to
+write, and raises whatever it likes where it cannot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from langchain_core.outputs import ChatGeneration
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import (
     RouterRunnable,
-    Runnable,
     RunnableAssign,
     RunnableBinding,
     RunnableConfig,
@@ -38,7 +37,6 @@ from langchain_core.runnables.retry import RunnableRetry
 
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.lowering import Lowering, Scope, rule
-from langchain_macaw.templates import RequestTemplate, request_body, request_template
 from langchain_macaw.sentinel import (
     OPAQUE,
     Answer,
@@ -49,6 +47,7 @@ from langchain_macaw.sentinel import (
     Variable,
     is_symbolic,
 )
+from langchain_macaw.templates import RequestTemplate, request_body, request_template
 
 _TAKEN_BY_LANGCHAIN = {
     "ls_structured_output_format",
@@ -56,7 +55,7 @@ _TAKEN_BY_LANGCHAIN = {
 }  # arguments that the model never sees
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Composition
 
 
@@ -118,7 +117,7 @@ def _with_fallbacks(
     return lowering.lower(runnable.runnable, value, scope)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Values
 
 
@@ -186,7 +185,7 @@ def _known_dict(value: Any) -> Mapping[str, Any]:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Models
 
 

@@ -1,10 +1,10 @@
 """Values that are not known yet, and the stand-ins under which LangChain's own formatters run on them.
 
-Lowering never re-implements a template engine. It gives the engine a `StandIn` in place of an answer that does not
-exist yet, and afterwards looks where the stand-in went. A `StandIn` is a `str` that can be put into other text, but
-refuses every question about its own: who asks would decide on a text that the model has not written. What escapes that
-net (C code reads a `str` without calling its methods) shows when the same template runs under stand-ins of another
-nonce and length: the pieces between them must be the same.
+Lowering never re-implements a template engine. It gives the engine a `StandIn` in place of an answer that
+does not exist yet, and afterwards looks where the stand-in went. A `StandIn` is a `str` that can be put into
+other text, but refuses every question about its own: who asks would decide on a text that the model has not
+written. What escapes that net (C code reads a `str` without calling its methods) shows when the same template
+runs under stand-ins of another nonce and length: the pieces between them must be the same.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def mustache_escape(text: str) -> str:
 
 class NotStatic(Exception):  # noqa: N818  (a verdict on a template, not an error of the user's)
     """A prompt depends on an answer in a way that text parts and variable parts cannot express."""
+
+
+class RendersRepr(NotStatic):
+    """A prompt renders the repr of a message: legal, and hardly ever meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,8 @@ def is_symbolic(value: Any) -> bool:
 class StandIn(str):
     """The text of a variable as far as templates may see it: something to put into other text.
 
-    It counts as non-empty, so that ``{% if answer %}`` and Mustache sections take the branch that an answer takes; a
-    model that answers nothing makes the replay miss, which costs one request and changes no result.
+    It counts as non-empty, so that ``{% if answer %}`` and Mustache sections take the branch that an answer
+    takes; a model that answers nothing makes the replay miss, which costs one request and changes no result.
     """
 
     __slots__ = ("escapes", "name", "nonce")
@@ -104,7 +108,7 @@ class StandIn(str):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def replace(self, old: str, new: str, count: Any = -1) -> StandIn:  # type: ignore[override]
+    def replace(self, old: str, new: str, count: Any = -1) -> StandIn:
         """Mustache escapes by four replacements in a row; that whole row is a transform, nothing else is."""
         if (
             self.escapes == len(MUSTACHE_ESCAPES)
@@ -140,7 +144,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _refuse_repr() -> NoReturn:
-    raise NotStatic(
+    raise RendersRepr(
         "A prompt puts a whole AIMessage into text, which renders its Python repr. "
         "Put StrOutputParser() behind the model that wrote it."
     )
@@ -153,8 +157,9 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-_KEPT = {*vars(StandIn), *dir(object)} - {"__hash__", "__repr__"} | {"__getnewargs__"}
-for _name in {*dir(str), "__html__", "__hash__", "__repr__"} - _KEPT:
+_KEPT = {*vars(StandIn), *dir(object), "__getnewargs__"}
+_QUESTIONS = {"__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__repr__", "__html__"}
+for _name in {*dir(str)} - _KEPT | _QUESTIONS:
     setattr(StandIn, _name, _refusing(_name))
 for _name in (
     "__str__",
@@ -174,7 +179,8 @@ class StandIns:
     """One set of stand-ins: fills symbolic values in, and finds them again in rendered text.
 
     Args:
-        nonce_len: Bytes of randomness; two sets of different length tell apart what depends on the text's length.
+        nonce_len: Bytes of randomness; two sets of different length tell apart what depends on the text's
+        length.
     """
 
     def __init__(self, nonce_len: int) -> None:

@@ -67,13 +67,13 @@ def request_template(
         NotStatic: They differ in more than their stand-ins, or one is not in the place of text.
     """
     template = RequestTemplate({})
-    bodies = [request_body(build_payload(one)) for one in stand_ins]
-    template.body = _merge(*bodies, stand_ins, template.variables)
+    left, right = (request_body(build_payload(one)) for one in stand_ins)
+    template.body = _merge(left, right, stand_ins, template.variables)
     return template
 
 
 def request_body(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """What `openai`'s client posts for the arguments `payload`, but for the flags that say how the answer travels."""
+    """What `openai`'s client posts for `payload`, without the flags of how the answer travels."""
     body = {key: value for key, value in payload.items() if key not in _NOT_IN_KEY}
     body.update(body.pop("extra_body", None) or {})
     return body

@@ -1,4 +1,4 @@
-"""Chains to compare compiled and native execution on. Each is known ahead from its input: one program, no request."""
+"""Chains to compare compiled and native execution on. All their calls are known ahead: one program each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from langchain_core.runnables import (
     RunnablePassthrough,
     RunnablePick,
 )
+
 from langchain_macaw import ChatMacaw
 
 TEXT = StrOutputParser()
@@ -54,7 +55,8 @@ def map_reduce_mustache(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 
 def map_reduce_jinja2(llm: ChatMacaw) -> Runnable[Any, Any]:
-    combine = "Combine:\n{% for s in summaries %}{{ loop.index }}. {{ s }}\n{% endfor %}{{ summaries | join('; ') }}"
+    lines = "{% for s in summaries %}{{ loop.index }}. {{ s }}\n{% endfor %}"
+    combine = f"Combine:\n{lines}{{{{ summaries | join('; ') }}}}"
     return {"summaries": map_summaries(llm)} | chat(combine, "jinja2") | llm | TEXT
 
 
@@ -82,13 +84,20 @@ def gather(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 def history(llm: ChatMacaw) -> Runnable[Any, Any]:
     prompt = ChatPromptTemplate.from_messages(
-        [("system", "Be {mood}."), MessagesPlaceholder("history"), ("placeholder", "{more}"), ("human", "{question}")]
+        [
+            ("system", "Be {mood}."),
+            MessagesPlaceholder("history"),
+            ("placeholder", "{more}"),
+            ("human", "{question}"),
+        ]
     )
     return prompt | llm
 
 
 def message_list(llm: ChatMacaw) -> Runnable[Any, Any]:
-    second = ChatPromptTemplate.from_messages([("human", "Ask."), MessagesPlaceholder("said"), ("human", "Go on.")])
+    second = ChatPromptTemplate.from_messages(
+        [("human", "Ask."), MessagesPlaceholder("said"), ("human", "Go on.")]
+    )
     return {"said": (chat("Say {word}") | llm).map()} | second | llm | TEXT
 
 
@@ -120,7 +129,13 @@ def partials(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 def bound(llm: ChatMacaw) -> Runnable[Any, Any]:
     first = chat("Short: {topic}") | llm.bind(stop=["END"], max_tokens=4, top_k=5)
-    return first.with_config(run_name="first", tags=["t"]) | TEXT | chat("Long: {x}") | llm.bind(temperature=0.7) | TEXT
+    return (
+        first.with_config(run_name="first", tags=["t"])
+        | TEXT
+        | chat("Long: {x}")
+        | llm.bind(temperature=0.7)
+        | TEXT
+    )
 
 
 def escaped(llm: ChatMacaw) -> Runnable[Any, Any]:
@@ -134,8 +149,15 @@ def mustache_sections(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 
 def jinja2_conditions(llm: ChatMacaw) -> Runnable[Any, Any]:
-    template = "{% if draft %}Improve {{ draft }}{% else %}Nothing{% endif %} {{ 'x' ~ draft }} {{ topic | upper }}"
-    return RunnablePassthrough.assign(draft=chat("Draft: {topic}") | llm | TEXT) | chat(template, "jinja2") | llm | TEXT
+    template = (
+        "{% if draft %}Improve {{ draft }}{% else %}Nothing{% endif %} {{ 'x' ~ draft }} {{ topic | upper }}"
+    )
+    return (
+        RunnablePassthrough.assign(draft=chat("Draft: {topic}") | llm | TEXT)
+        | chat(template, "jinja2")
+        | llm
+        | TEXT
+    )
 
 
 def duplicates(llm: ChatMacaw) -> Runnable[Any, Any]:
@@ -155,12 +177,28 @@ def list_content(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 
 def nested_map(llm: ChatMacaw) -> Runnable[Any, Any]:
-    inner = {"parts": (chat("Part: {x}") | llm | TEXT).map()} | chat("{{#parts}}{{{.}}},{{/parts}}", "mustache") | llm | TEXT
-    return inner.map() | {"all": RunnablePassthrough()} | chat("{% for a in all %}{{a}}|{% endfor %}", "jinja2") | llm
+    inner = (
+        {"parts": (chat("Part: {x}") | llm | TEXT).map()}
+        | chat("{{#parts}}{{{.}}},{{/parts}}", "mustache")
+        | llm
+        | TEXT
+    )
+    return (
+        inner.map()
+        | {"all": RunnablePassthrough()}
+        | chat("{% for a in all %}{{a}}|{% endfor %}", "jinja2")
+        | llm
+    )
 
 
 def string_prompt(llm: ChatMacaw) -> Runnable[Any, Any]:
-    return PromptTemplate.from_template("Plain {x}") | llm | TEXT | PromptTemplate.from_template("Again {x!s}") | llm
+    return (
+        PromptTemplate.from_template("Plain {x}")
+        | llm
+        | TEXT
+        | PromptTemplate.from_template("Again {x!s}")
+        | llm
+    )
 
 
 def one_prompt_two_models(llm: ChatMacaw) -> Runnable[Any, Any]:

