@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.runnables import Runnable
@@ -53,7 +53,7 @@ class Scope:
 
     def at(self, step: str = "") -> Scope:
         """The scope of a part of this Runnable, which gets none of its arguments."""
-        return replace(self, path=f"{self.path}{step}"[-_MAX_PATH_LEN:], kwargs={})
+        return Scope(self.path + step, {}, self.configurable)
 
 
 class Lowering:
@@ -96,7 +96,7 @@ class Lowering:
             pydantic.ValidationError: The server would not take the request.
         """
         number = len(self._calls)
-        call_id, output = f"{_NOT_IN_NAMES.sub('_', path) or 'call'}-{number}", f"v{number}"
+        call_id, output = f"{_NOT_IN_NAMES.sub('_', path[-_MAX_PATH_LEN:]) or 'call'}-{number}", f"v{number}"
         self._calls.append(Call(id=call_id, output=output, request=template.wire_request()))
         self._planned.append(PlannedCall(call_id, output, template))
         self.model = self.model or model

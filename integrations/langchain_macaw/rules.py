@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 from langchain_core.caches import BaseCache
@@ -82,7 +81,7 @@ def _each(lowering: Lowering, each: RunnableEach[Any, Any], value: Any, scope: S
     if not isinstance(value, list | tuple):
         return OPAQUE
     return [
-        lowering.lower(each.bound, item, replace(scope.at(f"[{i}]"), kwargs=scope.kwargs))
+        lowering.lower(each.bound, item, Scope(f"{scope.path}[{i}]", scope.kwargs, scope.configurable))
         for i, item in enumerate(value)
     ]
 
@@ -95,18 +94,15 @@ def _router(lowering: Lowering, router: RouterRunnable[Any], value: Any, scope: 
 @rule(RunnableBinding, RunnableRetry)
 def _binding(lowering: Lowering, binding: RunnableBindingBase[Any, Any], value: Any, scope: Scope) -> Any:
     """A retry is planned for its first attempt; another attempt is an ordinary request."""
-    inner = replace(
-        scope,
-        kwargs={**binding.kwargs, **scope.kwargs},
-        configurable={**binding.config.get("configurable", {}), **scope.configurable},
-    )
-    return lowering.lower(binding.bound, value, inner)
+    kwargs = {**binding.kwargs, **scope.kwargs}
+    configurable = {**binding.config.get("configurable", {}), **scope.configurable}
+    return lowering.lower(binding.bound, value, Scope(scope.path, kwargs, configurable))
 
 
 @rule(DynamicRunnable)
 def _configurable(lowering: Lowering, dynamic: DynamicRunnable[Any, Any], value: Any, scope: Scope) -> Any:
     runnable, config = dynamic.prepare(RunnableConfig(configurable=dict(scope.configurable)))
-    return lowering.lower(runnable, value, replace(scope, configurable=config.get("configurable", {})))
+    return lowering.lower(runnable, value, Scope(scope.path, scope.kwargs, config.get("configurable", {})))
 
 
 @rule(RunnableWithFallbacks)

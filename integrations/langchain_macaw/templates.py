@@ -37,10 +37,15 @@ class RequestTemplate:
 
     body: dict[str, Any]
     variables: set[str] = field(default_factory=set)
+    _constant_key: str | None = None
 
     def key(self, values: Mapping[str, str]) -> str:
         """What `request_key` gives for the native request, given the values of `variables`."""
-        return _canonical(self.body, lambda text: text.with_values(values))
+        if self.variables:
+            return _canonical(self.body, lambda text: text.with_values(values))
+        if self._constant_key is None:
+            self._constant_key = _canonical(self.body, _not_json)
+        return self._constant_key
 
     def wire_request(self) -> ChatCompletionRequest:
         """The request of the program's call.
@@ -48,14 +53,15 @@ class RequestTemplate:
         Raises:
             pydantic.ValidationError: A field that the protocol does not have, such as an image or a tool.
         """
+        # By way of JSON: the types are then those of the wire, such as string keys in logit_bias.
+        if not self.variables and all(isinstance(m.get("content"), str) for m in self.body["messages"]):
+            return ChatCompletionRequest.model_validate_json(self.key({}))
         messages = [
             {**message, "content": _parts(message.get("content"))} for message in self.body["messages"]
         ]
-        body = _canonical(
-            {**self.body, "messages": messages}, lambda text: [part.model_dump() for part in text.parts]
-        )
-        # By way of JSON: the types are then those of the wire, such as string keys in logit_bias.
-        return ChatCompletionRequest.model_validate_json(body)
+        body = {**self.body, "messages": messages}
+        text = _canonical(body, lambda text: [part.model_dump() for part in text.parts])
+        return ChatCompletionRequest.model_validate_json(text)
 
 
 def request_template(
