@@ -8,6 +8,7 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share two cores
 
 import pytest
+
 from macaw import MacawClient
 from macaw_server.serve import LocalServer
 

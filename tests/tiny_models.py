@@ -38,7 +38,17 @@ _SHAPE: dict[str, Any] = {
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _WINDOW = {"sliding_window": 20}
 _GPT2 = {
-    **{k: _SHAPE[k] for k in ("vocab_size", "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")},
+    **{
+        k: _SHAPE[k]
+        for k in (
+            "vocab_size",
+            "initializer_range",
+            "tie_word_embeddings",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        )
+    },
     "n_embd": 64,
     "n_layer": 4,
     "n_head": 4,
@@ -54,9 +64,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _SHAPE,
     "qwen2": _without("head_dim"),
     "qwen3": _SHAPE,
-    "qwen2_moe": _without(
-        "head_dim", num_experts=4, shared_expert_intermediate_size=32, decoder_sparse_step=1, **_MOE
-    ),
+    "qwen2_moe": _without("head_dim", num_experts=4, shared_expert_intermediate_size=32, decoder_sparse_step=1, **_MOE),
     "qwen3_moe": _without(num_experts=4, **_MOE),
     "mistral": _without(**_WINDOW),
     "mixtral": _without(num_local_experts=4, num_experts_per_tok=2, **_WINDOW),
@@ -73,7 +81,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ),
     "phi": _without("head_dim"),
     "phi3": _without("head_dim", **_WINDOW),
-    "gpt_oss": _without(num_local_experts=4, num_experts_per_tok=2, rope_parameters={"rope_theta": 1e4, "rope_type": "default"}, **_WINDOW),
+    "gpt_oss": _without(
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
+        **_WINDOW,
+    ),
     "olmo": _without("head_dim"),
     "olmo2": _without("head_dim"),
     "olmo3": _without("head_dim", **_WINDOW),
@@ -103,7 +116,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_MOE,
     ),
     "opt": {
-        **{k: v for k, v in _without("head_dim", "num_key_value_heads", "intermediate_size", "initializer_range").items()},
+        **_without("head_dim", "num_key_value_heads", "intermediate_size", "initializer_range"),
         "ffn_dim": 96,
         "word_embed_proj_dim": 64,
         "init_std": 0.15,
@@ -133,7 +146,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = (
         "{{ bos_token }}{% for m in messages %}<|role|>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -157,4 +174,3 @@ def save_model(folder: Path, model_type: str, seed: int = 0, **overrides: Any) -
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
-

@@ -131,9 +131,7 @@ def run_demo(name: str, text: str, console: Console) -> list[Result]:
                 results.append(_run(way, url, chunks))
     _report(results, console)
     if len({result.answer for result in results}) > 1:
-        raise DemoError(
-            "The answers do not agree:\n" + "\n".join(f"{r.way.name}: {r.answer!r}" for r in results)
-        )
+        raise DemoError("The answers do not agree:\n" + "\n".join(f"{r.way.name}: {r.answer!r}" for r in results))
     console.print(f"The {len(results)} answers agree. It reads (noise): {escape(repr(results[0].answer[:60]))}...")
     return results
 
@@ -158,7 +156,7 @@ def _run(way: Way, url: str, chunks: list[dict[str, str]]) -> Result:
         httpx.Client(transport=network, timeout=START_TIMEOUT_S) as http,
         MacawClient(url, way.tenant) as observer,
     ):
-        llm = ChatMacaw(model=MODEL, base_url=f"{url}/v1", api_key=way.tenant, temperature=0, http_client=http)
+        llm = ChatMacaw(model_name=MODEL, base_url=f"{url}/v1", api_key=way.tenant, temperature=0, http_client=http)
         chain = build_chain(llm)
         with get_usage_metadata_callback() as usage:
             start = time.perf_counter()
@@ -198,7 +196,7 @@ def _read(doc: Path | None) -> tuple[str, str]:
         own = Path(__file__).parents[2] / "docs" / "architecture.md"
         if own.is_file():
             return "docs/architecture.md", own.read_text(encoding="utf-8")
-        return "Macaw's README", str(metadata("macaw").get_payload() or metadata("macaw")["Description"] or "")
+        return "Macaw's README", metadata("macaw")["Description"]
     try:
         return str(doc), doc.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

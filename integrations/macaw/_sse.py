@@ -63,8 +63,6 @@ class SSEDecoder:
 
     def _dispatch(self) -> ServerSentEvent | None:
         """End the event; one without data is none."""
-        event = (
-            ServerSentEvent(self._type or "message", "\n".join(self._data), self._id) if self._data else None
-        )
+        event = ServerSentEvent(self._type or "message", "\n".join(self._data), self._id) if self._data else None
         self._type, self._data = "", []
         return event

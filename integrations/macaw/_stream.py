@@ -68,13 +68,10 @@ class StreamState:
                 continue  # sent again after a reconnect
             if event.sequence != self._last + 1:
                 raise ServerError(
-                    f"Event {event.sequence} of {self._name} came after event {self._last}: "
-                    "the server lost some."
+                    f"Event {event.sequence} of {self._name} came after event {self._last}: the server lost some."
                 )
             if self.program_id is None and not isinstance(event, ProgramCreated):
-                raise ServerError(
-                    f"{self._endpoint.root} began a program with {event.type}, not program.created."
-                )
+                raise ServerError(f"{self._endpoint.root} began a program with {event.type}, not program.created.")
             self._last = event.sequence
             self._attempt = 0
             self.ready.append(event)

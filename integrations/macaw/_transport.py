@@ -75,9 +75,7 @@ def post_program(request: ProgramRequest, *, stream: bool) -> Operation[ProgramS
     """``POST /v1/programs``, always with an idempotency key, so that a second try never runs it twice."""
     key = request.idempotency_key or uuid4().hex
     body = _json(request.model_copy(update={"stream": stream, "idempotency_key": key}))
-    return Operation(
-        "POST", "/v1/programs", ProgramState.model_validate_json, body, stream=stream, repeatable=True
-    )
+    return Operation("POST", "/v1/programs", ProgramState.model_validate_json, body, stream=stream, repeatable=True)
 
 
 def get_events(program_id: str, *, after: int) -> Operation[None]:
@@ -114,9 +112,7 @@ def cancel(program_id: str) -> Operation[None]:
 
 def models() -> Operation[list[str]]:
     """``GET /v1/models``."""
-    return Operation(
-        "GET", "/v1/models", lambda body: [str(model["id"]) for model in json.loads(body)["data"]]
-    )
+    return Operation("GET", "/v1/models", lambda body: [str(model["id"]) for model in json.loads(body)["data"]])
 
 
 def health() -> Operation[dict[str, Any]]:
@@ -168,9 +164,7 @@ class Endpoint:
 
     def http_options(self) -> dict[str, Any]:
         """Keyword arguments of an httpx client."""
-        limits = httpx.Limits(
-            max_connections=1000, max_keepalive_connections=100, keepalive_expiry=KEEPALIVE_S
-        )
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=KEEPALIVE_S)
         if self.root.startswith("https:"):
             return {"limits": limits}
         # Loading the trusted certificates takes 50 ms, for nothing where all is http. This one trusts nobody.
@@ -218,8 +212,7 @@ class Endpoint:
             ) from error
         except httpx.RequestError as error:
             raise ConnectionFailedError(
-                f"The connection to {self.root} broke: {error or type(error).__name__}. "
-                "The server's log may say why."
+                f"The connection to {self.root} broke: {error or type(error).__name__}. The server's log may say why."
             ) from error
 
     def retry_wait_s(self, operation: Operation[Any], error: MacawError, attempt: int) -> float:

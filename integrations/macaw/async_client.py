@@ -49,9 +49,7 @@ class AsyncMacawClient:
     async def stream_program(self, request: ProgramRequest) -> AsyncProgramStream:
         """Start a program and follow its events; returns when the server has accepted it."""
         operation = _transport.post_program(request, stream=True)
-        return await self._follow(
-            operation, StreamState(self._endpoint, operation, resumable=request.detached)
-        )
+        return await self._follow(operation, StreamState(self._endpoint, operation, resumable=request.detached))
 
     async def events(self, program_id: str, *, after: int = -1) -> AsyncProgramStream:
         """Follow a program's events behind sequence number `after`; all of them by default."""

@@ -74,9 +74,7 @@ class ProgramBuilder:
         """A text that the client sets later, by `MacawClient.set_variable`."""
         return self._add_variable(name, Variable(external=True))
 
-    def chat(
-        self, *prompt: str | Ref, system: Text | None = None, name: str | None = None, **options: Any
-    ) -> Ref:
+    def chat(self, *prompt: str | Ref, system: Text | None = None, name: str | None = None, **options: Any) -> Ref:
         """A chat completion of one user message, behind a system message if there is one; see `call`."""
         first = [] if system is None else [{"role": "system", "content": system}]
         return self.call([*first, {"role": "user", "content": prompt}], name=name, **options)

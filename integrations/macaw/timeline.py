@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from macaw.protocol import CallState, ProgramState
 
 _QUEUED, _PREFILL, _DECODE = "·", "▒", "█"
@@ -35,7 +37,7 @@ def _line(call: CallState, label_width: int, columns: int, end: float, critical:
     bar = [" "] * columns
     marks = [(t.ready_ms, _QUEUED), (t.started_ms, _PREFILL), (t.first_token_ms, _DECODE), (t.completed_ms, " ")]
     known = [(at, mark) for at, mark in marks if at is not None]
-    for (start, mark), (stop, _) in zip(known, known[1:], strict=False):
+    for (start, mark), (stop, _) in pairwise(known):
         first = min(int(start / end * columns), columns - 1)
         last = min(max(int(stop / end * columns), first + 1), columns)
         bar[first:last] = mark * (last - first)

@@ -95,9 +95,7 @@ def _gather(name: str, flat: Tensor, slots: Index, scratch: _Scratch) -> Tensor:
     return scratch.take(name, tuple(rows.shape), flat, torch.float32).copy_(rows)
 
 
-def _tile_state(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, soft_cap: float | None
-) -> AttentionState:
+def _tile_state(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, soft_cap: float | None) -> AttentionState:
     """Attention of a tile.
 
     Args:
@@ -138,9 +136,7 @@ def _flash_state(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> A
     return AttentionState(o.reshape(q.shape)[..., :v_head_dim], lse.reshape(q.shape[:-1]))
 
 
-def _dense_state(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, soft_cap: float | None
-) -> AttentionState:
+def _dense_state(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, soft_cap: float | None) -> AttentionState:
     """Matrix products with the scores in memory, some rows at a time: for what flash attention cannot do."""
     b, h, g, num_rows, _ = q.shape
     step = max(1, MAX_SCORES // (b * h * g * tile.num_keys))

@@ -1,0 +1,1 @@
+"""Macaw's server: programs over HTTP, scheduled on an engine of its own."""

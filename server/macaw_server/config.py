@@ -41,7 +41,8 @@ class EngineConfig(BaseModel):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     load_format: Literal["auto", "dummy"] = Field(
-        default="auto", description="auto: read the weights. dummy: random weights of the real shape, for benchmarks."
+        default="auto",
+        description="auto: read the weights. dummy: random weights of the real shape, for benchmarks.",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -62,7 +63,8 @@ class EngineConfig(BaseModel):
     )
     policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
     sharing: Literal["auto", "always", "never"] = Field(
-        default="auto", description="Two-phase attention over shared prefixes: by cost model, or forced, or off."
+        default="auto",
+        description="Two-phase attention over shared prefixes: by cost model, or forced, or off.",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
@@ -82,15 +84,13 @@ class ServerConfig(EngineConfig, BaseSettings):
     api_key: tuple[str, ...] = Field(
         default=(), description="Accept this key; repeat for several tenants. None: no key is asked for."
     )
-    served_model_name: str | None = Field(
-        default=None, description="Name that clients use; default: the model's own."
-    )
+    served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
-    max_live_calls: int = Field(
-        default=4096, ge=1, description="Calls waiting or running; more are refused with 429."
-    )
+    max_live_calls: int = Field(default=4096, ge=1, description="Calls waiting or running; more are refused with 429.")
     shutdown_timeout_s: float = Field(
-        default=30.0, ge=0, description="Seconds that running programs get to end on SIGTERM before they are cancelled."
+        default=30.0,
+        ge=0,
+        description="Seconds that running programs get to end on SIGTERM before they are cancelled.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log level.")
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,7 +58,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock.close()
         if e.errno == errno.EADDRINUSE:
             raise PortInUseError(
-                f"Port {port} on {host} is in use. Stop what listens there, or give another --port (0 picks a free one)."
+                f"Port {port} on {host} is in use. Stop what listens there, or give another --port (0: a free one)."
             ) from e
         raise PortInUseError(f"Cannot listen on {host}:{port}: {e}. Give an address of this machine as --host.") from e
     return sock
@@ -82,23 +82,27 @@ def make_service(config: ServerConfig, engine: Engine) -> ProgramService:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: who runs it decides when it ends."""
+    """uvicorn without its signal handlers: who runs it decides when it ends, and is told when it has begun."""
+
+    def __init__(self, service: ProgramService, log_level: str, on_started: Callable[[], object]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                log_level=log_level,
+                lifespan="off",
+                timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
+                access_log=log_level == "debug",
+            )
+        )
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _http_server(service: ProgramService, log_level: str) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            create_app(service),
-            log_level=log_level,
-            lifespan="off",
-            timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
-            access_log=log_level == "debug",
-        )
-    )
 
 
 async def _serve(config: ServerConfig, sock: socket.socket, console: Console) -> None:
@@ -112,8 +116,11 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
         engine = EngineProcess(config.engine(), on_loading)
         service = make_service(config, engine)
         await engine.start()
-    server = _http_server(service, "warning" if config.log_level == "info" else config.log_level)
-    _announce(config, engine, sock, console, time.perf_counter() - started)
+    server = _Server(
+        service,
+        "warning" if config.log_level == "info" else config.log_level,
+        on_started=lambda: _announce(config, engine, sock, console, time.perf_counter() - started),
+    )
     stopper = _Stopper(service, server, config.shutdown_timeout_s, console)
     try:
         await server.serve(sockets=[sock])
@@ -153,14 +160,13 @@ class _Stopper:
         self._server.should_exit = True
 
 
-def _announce(
-    config: ServerConfig, engine: Engine, sock: socket.socket, console: Console, seconds: float
-) -> None:
+def _announce(config: ServerConfig, engine: Engine, sock: socket.socket, console: Console, seconds: float) -> None:
     info = engine.info
+    pool_bytes = info.num_pages * info.page_bytes
     facts: dict[str, Any] = {
         "model": f"{config.model_name} ({info.weight_bytes / 1e6:,.0f} MB of weights, {info.dtype} on {info.device})",
         "context": f"{info.max_model_len:,} tokens",
-        "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {info.num_pages * info.page_bytes / 2**20:,.0f} MiB",
+        "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {pool_bytes / 2**20:,.0f} MiB",
         "API keys": len(config.api_key) or "none: everybody who reaches the port is served",
         "ready in": f"{seconds:.1f} s",
     }
@@ -237,12 +243,12 @@ class LocalServer:
             self._failure = e
             self._ready.set()
             return
-        self.loop, self._server = asyncio.get_running_loop(), _http_server(self.service, "warning")
-        serving = asyncio.create_task(self._server.serve(sockets=[self._socket] if self._socket else []))
-        while not self._server.started and not serving.done():
-            await asyncio.sleep(0.001)
-        self._ready.set()
-        await serving
+        assert self._socket is not None
+        self.loop, self._server = (
+            asyncio.get_running_loop(),
+            _Server(self.service, "warning", self._ready.set),
+        )
+        await self._server.serve(sockets=[self._socket])
         await self.service.close()
         await engine.stop()
 

@@ -87,9 +87,7 @@ class Case:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", default="14:2x64", help="query heads : KV heads x head dim")
     parser.add_argument("--suffix", type=int, default=128, help="own tokens of each sequence")
     parser.add_argument("--rounds", type=int, default=9)

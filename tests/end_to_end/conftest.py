@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+
 from macaw_server.engine.types import EngineStats
 from macaw_server.serve import LocalServer
 

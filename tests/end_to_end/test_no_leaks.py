@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+
 from conftest import TENANTS
 from macaw import AsyncMacawClient, MacawError, ProgramBuilder
 from macaw.protocol import ProgramRequest
@@ -22,7 +23,11 @@ def random_program(rng: random.Random) -> ProgramRequest:
     refs = [b.variable(value=rng.choice(["short", "a longer text that is shared " * rng.randint(1, 12)]))]
     for i in range(rng.randint(1, 5)):
         inputs = rng.sample(refs, rng.randint(1, min(2, len(refs))))
-        options = {"temperature": rng.choice([0.0, 1.0]), "max_tokens": rng.randint(1, 12), "ignore_eos": True}
+        options = {
+            "temperature": rng.choice([0.0, 1.0]),
+            "max_tokens": rng.randint(1, 12),
+            "ignore_eos": True,
+        }
         ref = b.chat(*(rng.choice(["Do this: ", "Do that: "]), *inputs), name=f"call-{i}", **options)
         if rng.random() < 0.15:
             ref = b.transform("json_pointer", ref, name=f"fails-{i}", pointer="/a")
@@ -62,8 +67,7 @@ async def test_nothing_is_left_behind(local_server: LocalServer, engine_stats: C
         todo = iter(range(NUM_PROGRAMS))
 
         async def work() -> None:
-            for _ in todo:
-                ends.append(await run_one(client, rng))
+            ends.extend([await run_one(client, rng) for _ in todo])
 
         await asyncio.gather(*(work() for _ in range(NUM_AT_ONCE)))
         assert len(ends) == NUM_PROGRAMS
@@ -72,7 +76,7 @@ async def test_nothing_is_left_behind(local_server: LocalServer, engine_stats: C
         service = local_server.service
         assert service is not None
         while service.num_live_calls:  # detached programs run on
-            await asyncio.sleep(0.05)
+            await client.health()
     stats = await asyncio.to_thread(engine_stats)
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0), stats
     assert stats.prompt_tokens > 0

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from openai import OpenAI
+
 from conftest import TENANTS
 from macaw_server.serve import LocalServer
-from openai import OpenAI
 
 MODEL = "macaw-demo"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from conftest import TENANTS
 from macaw import MacawClient, MacawError, ProgramBuilder
 from macaw.protocol import CallCompleted, CallDelta, CallStarted, ProgramCompleted, ProgramRequest
@@ -73,7 +74,7 @@ def test_a_program_grows_and_waits_for_its_client(client: MacawClient) -> None:
     answers = stream.result()
     assert answers["first"] == ask(client, "Answer: why?")
     assert answers["second"] == ask(client, f"Doubt: {answers['first']}")
-    assert list(client.events(program_id, after=2))[0].sequence == 3, "and can be read again"
+    assert next(iter(client.events(program_id, after=2))).sequence == 3, "and can be read again"
 
 
 def program(**fields: Any) -> dict[str, Any]:
@@ -92,6 +93,9 @@ def using(variable: str, call_id: str = "a", output: str = "x") -> dict[str, Any
     return {"id": call_id, "output": output, "request": {"messages": [{"role": "user", "content": [part]}]}}
 
 
+V = {"v": {"value": "."}}
+LONG = {"messages": [{"role": "user", "content": "x " * 4000}]}
+HUGE = b'{"messages": [{"role": "user", "content": "' + b"x" * (33 << 20) + b'"}]}'
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 BAD_INPUT: list[tuple[str, Any, int, str, str]] = [
     ("/v1/programs", b'{"calls": [', 400, "invalid_request", "JSON"),
@@ -101,11 +105,11 @@ BAD_INPUT: list[tuple[str, Any, int, str, str]] = [
     ("/v1/chat/completions", {**CHAT, "colour": "red"}, 400, "invalid_request", "colour"),
     ("/v1/programs", program(calls=[using("nowhere")]), 400, "unknown_variable", "nowhere"),
     ("/v1/programs", program(targets=[{"variable": "y"}]), 400, "unknown_variable", "y"),
-    ("/v1/programs", program(calls=[using("v"), using("v", "b")], variables={"v": {"value": "."}}), 400, "invalid_program", "x"),
+    ("/v1/programs", program(calls=[using("v"), using("v", "b")], variables=V), 400, "invalid_program", "already"),
     ("/v1/programs", program(calls=[using("y"), using("x", "b", "y")]), 400, "cycle", "->"),
     ("/v1/completions", {"prompt": ""}, 400, "invalid_request", "empty"),
     ("/v1/chat/completions", {"messages": []}, 400, "invalid_request", "messages"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 4000}]}, 400, "context_length_exceeded", "2,048"),
+    ("/v1/chat/completions", LONG, 400, "context_length_exceeded", "2,048"),
     ("/v1/programs", with_request(max_tokens=5000), 400, "context_length_exceeded", "5,000"),
     ("/v1/chat/completions", {**CHAT, "model": "gpt-4"}, 404, "unknown_model", "macaw-demo"),
     ("/v1/programs", program(model="gpt-4"), 404, "unknown_model", "macaw-demo"),
@@ -115,7 +119,7 @@ BAD_INPUT: list[tuple[str, Any, int, str, str]] = [
     ("/v1/chat/completions", {**CHAT, "logit_bias": {"99999": 1}}, 400, "invalid_request", "99999"),
     ("/v1/chat/completions", {**CHAT, "stop_token_ids": [99999]}, 400, "invalid_request", "99999"),
     ("/v1/completions", {"prompt": [99999]}, 400, "invalid_request", "99999"),
-    ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "' + b"x" * (33 << 20) + b'"}]}', 413, "request_too_large", "33554432|32"),
+    ("/v1/chat/completions", HUGE, 413, "request_too_large", "33,554,432"),
     ("/v1/nothing", {}, 404, "not_found", "/v1/nothing"),
 ]  # fmt: skip
 
@@ -132,10 +136,10 @@ def test_bad_input_is_refused_and_disturbs_nobody(local_server: LocalServer, cli
             answer = http.post(path, **({"content": body} if isinstance(body, bytes) else {"json": body}))
             error = answer.json()["error"]
             assert (answer.status_code, error["code"]) == (status, code), (path, error)
-            assert any(word in error["message"] for word in words.split("|")), error["message"]
+            assert words in error["message"]
             assert error["type"], error
         _gone_in_mid_stream(local_server)
-        assert stream.result() == quiet.variables
+        assert stream.result()["reduce"] == quiet.variables["reduce"]
 
 
 def _gone_in_mid_stream(server: LocalServer) -> None:
@@ -160,12 +164,16 @@ def test_a_failed_call_names_the_root_and_other_branches_go_on(client: MacawClie
     b.target(b.chat("On its own", name="good", **GREEDY))
     stream = client.stream_program(b.build())
     client.set_variable(stream.program_id, "long", "x " * 4000)
-    with pytest.raises(MacawError, match="bad.*context_length_exceeded") as error:
+    with pytest.raises(MacawError, match=r"bad.*context_length_exceeded") as error:
         stream.result()
     assert error.value.code == "upstream_failed"
     state = client.get_program(stream.program_id)
     assert state.variables["good"] == ask(client, "On its own")
-    assert {call.id: call.status for call in state.calls} == {"bad": "failed", "after": "failed", "good": "completed"}
+    assert {call.id: call.status for call in state.calls} == {
+        "bad": "failed",
+        "after": "failed",
+        "good": "completed",
+    }
 
 
 def test_a_port_in_use_is_said(local_server: LocalServer) -> None:
@@ -188,7 +196,9 @@ def test_sampling_hints_and_metadata_show_up(client: MacawClient, local_server: 
 
 
 @pytest.mark.parametrize("action", ["cancel", "deadline"])
-def test_cancel_and_deadline_free_everything(client: MacawClient, action: str, pages_in_use: Callable[[], float]) -> None:
+def test_cancel_and_deadline_free_everything(
+    client: MacawClient, action: str, pages_in_use: Callable[[], float]
+) -> None:
     b = ProgramBuilder()
     deadline = {"deadline_ms": 50} if action == "deadline" else {}
     b.target(b.chat("Go on", name="long", temperature=0, max_tokens=1900, ignore_eos=True), **deadline)

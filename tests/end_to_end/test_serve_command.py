@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from macaw import MacawClient, MacawError, ProgramBuilder
 from macaw.protocol import CallDelta, ProgramRequest
 
@@ -68,7 +69,14 @@ def test_kill_9_of_the_engine_in_mid_program() -> None:
 def test_start_up_output_and_sigterm_lets_programs_end() -> None:
     with serving("--api-key", "k1", "--kv-memory", "64MiB") as (process, url, lines):
         text = "".join(lines)
-        for words in ("macaw-demo", "float32 on cpu", "2,048 tokens", "pages of 16 tokens, 64 MiB", "noise", url):
+        for words in (
+            "macaw-demo",
+            "float32 on cpu",
+            "2,048 tokens",
+            "pages of 16 tokens, 64 MiB",
+            "noise",
+            url,
+        ):
             assert words in text, text
         with MacawClient(url, "k1") as client, client.stream_program(long_program(200)) as stream:
             assert stream.program_id
@@ -76,7 +84,7 @@ def test_start_up_output_and_sigterm_lets_programs_end() -> None:
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
             assert "stopping: no new work" in process.stderr.readline()
-            with pytest.raises(MacawError, match="shutting down|No Macaw server"):
+            with pytest.raises(MacawError, match=r"shutting down|No Macaw server"):
                 client.run_program(long_program(5))
             assert stream.result()["end"]
         assert process.wait(60) == 0
@@ -119,8 +127,9 @@ def test_what_is_wrong_at_start_is_said_in_words(flags: list[str], words: str) -
 
 @pytest.mark.slow
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
-    from tiny_models import tokenizer
     from transformers import BloomConfig, BloomForCausalLM
+
+    from tiny_models import tokenizer
 
     BloomForCausalLM(BloomConfig(vocab_size=600, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)

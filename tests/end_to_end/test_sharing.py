@@ -7,9 +7,10 @@ import re
 
 import httpx
 import pytest
+from openai import AsyncOpenAI
+
 from conftest import TENANTS
 from macaw_server.serve import LocalServer
-from openai import AsyncOpenAI
 
 NUM_REQUESTS = 32
 PAGE = 16

@@ -36,9 +36,7 @@ class Batch:
     v_pages: Tensor
 
     def plan(self, profile: DeviceProfile) -> AttentionPlan:
-        return plan(
-            self.block_tables, self.context_lens, self.query_lens, self.heads, profile, self.page_size
-        )
+        return plan(self.block_tables, self.context_lens, self.query_lens, self.heads, profile, self.page_size)
 
     def attend(self, profile: DeviceProfile, **options: Any) -> Tensor:
         """Run into a poisoned output."""
@@ -50,9 +48,7 @@ class Batch:
 
     def reference(self, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
         tables = (self.block_tables, self.context_lens, self.query_lens)
-        return reference_attend(
-            self.q, self.k_pages, self.v_pages, *tables, scale=self.scale, dtype=dtype, **options
-        )
+        return reference_attend(self.q, self.k_pages, self.v_pages, *tables, scale=self.scale, dtype=dtype, **options)
 
     @property
     def scale(self) -> float:
@@ -88,9 +84,7 @@ def make_batch(
         valid[torch.tensor(table)[offsets // page_size], offsets % page_size] = True
     shape = (num_pages, page_size, heads.num_kv_heads)
     k_pages, v_pages = (
-        torch.where(valid[..., None, None], torch.randn(*shape, dim, generator=generator), torch.nan).to(
-            dtype
-        )
+        torch.where(valid[..., None, None], torch.randn(*shape, dim, generator=generator), torch.nan).to(dtype)
         for dim in (heads.head_dim, heads.v_head_dim)
     )
     queries = [seq.query for seq in sequences]

@@ -25,9 +25,7 @@ from macaw_kernels import (
 )
 
 GQA = HeadConfig(8, 2, 64, 64)
-PROFILES = pytest.mark.parametrize(
-    "profile", [ALWAYS_SHARE, NEVER_SHARE, CPU_TORCH], ids=lambda profile: profile.name
-)
+PROFILES = pytest.mark.parametrize("profile", [ALWAYS_SHARE, NEVER_SHARE, CPU_TORCH], ids=lambda profile: profile.name)
 SINKS = torch.linspace(-3, 3, GQA.num_q_heads)
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -67,9 +65,7 @@ def test_mqa_and_odd_page_size() -> None:
 
 @PROFILES
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
-def test_owner_writes_the_shared_pages_in_the_same_step(
-    profile: DeviceProfile, options: dict[str, Any]
-) -> None:
+def test_owner_writes_the_shared_pages_in_the_same_step(profile: DeviceProfile, options: dict[str, Any]) -> None:
     """The first sequence's chunk covers pages that the others already decode against."""
     sequences = [
         Seq({"doc": 4}, own=0, query=64),
@@ -141,9 +137,7 @@ def sdpa(batch: Batch) -> Tensor:
     outs = []
     rows = batch.q.split(batch.query_lens)
     for q, table, context in zip(rows, batch.block_tables, batch.context_lens, strict=True):
-        k, v = (
-            pages[table].flatten(0, 1)[:context].transpose(0, 1) for pages in (batch.k_pages, batch.v_pages)
-        )
+        k, v = (pages[table].flatten(0, 1)[:context].transpose(0, 1) for pages in (batch.k_pages, batch.v_pages))
         mask = torch.ones(len(q), context, dtype=torch.bool).tril(context - len(q))
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k[None], v[None], mask, scale=batch.scale, enable_gqa=True

@@ -77,9 +77,7 @@ def test_every_row_sees_every_visible_key_exactly_once(
 
 @settings(max_examples=100, deadline=None)
 @given(batch=batches(), profile=st.sampled_from(PROFILES))
-def test_the_choice_costs_least(
-    batch: tuple[list[list[int]], list[int], list[int]], profile: DeviceProfile
-) -> None:
+def test_the_choice_costs_least(batch: tuple[list[list[int]], list[int], list[int]], profile: DeviceProfile) -> None:
     """Brute force: try every set of trie nodes as the shared ones."""
     tables, contexts, queries = batch
     full = plan(tables, contexts, queries, HEADS, ALWAYS_SHARE, PAGE_SIZE)

@@ -9,12 +9,12 @@ from typing import Any
 import httpx
 import pytest
 from chain_corpus import CASES, Case
-from conftest import TENANTS
-from macaw_server.engine.types import EngineRequest
-from macaw_server.serve import LocalServer
 from test_corpus import WAYS, comparable
 
+from conftest import TENANTS
 from langchain_macaw import ChatMacaw, compile
+from macaw_server.engine.types import EngineRequest
+from macaw_server.serve import LocalServer
 
 
 class Observed:

@@ -59,9 +59,7 @@ class ScriptedServer:
             if then == "hold":
                 await self._wait_for_disconnect(request)
 
-        self._script(
-            method, path, lambda request: StreamingResponse(stream(request), media_type="text/event-stream")
-        )
+        self._script(method, path, lambda request: StreamingResponse(stream(request), media_type="text/event-stream"))
 
     def answer_never(self, method, path):
         """Leave the request without an answer."""
@@ -110,9 +108,7 @@ def running_server():
 
     methods = ["GET", "POST", "PUT", "DELETE"]
     app = Starlette(routes=[Route("/{path:path}", endpoint, methods=methods)])
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1
-    )
+    config = uvicorn.Config(app, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -104,9 +104,7 @@ def test_cancel_deletes(client, server):
 
 
 def test_models_are_names(client, server):
-    server.answer(
-        "GET", "/v1/models", {"object": "list", "data": [{"id": "a", "object": "model"}, {"id": "b"}]}
-    )
+    server.answer("GET", "/v1/models", {"object": "list", "data": [{"id": "a", "object": "model"}, {"id": "b"}]})
     assert client.models() == ["a", "b"]
 
 
@@ -169,9 +167,7 @@ def test_error_object_becomes_its_exception(client, server):
 
 def test_page_of_a_proxy_is_named_as_such(client, server):
     server.answer("GET", "/v1/programs/p1", "<html>Bad Gateway</html>", status=502)
-    with pytest.raises(
-        ServerError, match=r"answered 502 Bad Gateway with text/html.*<html>Bad Gateway"
-    ) as caught:
+    with pytest.raises(ServerError, match=r"answered 502 Bad Gateway with text/html.*<html>Bad Gateway") as caught:
         client.get_program("p1")
     assert caught.value.status == 502
 
@@ -206,9 +202,7 @@ def test_no_server_says_how_to_start_one(connect):
     with socket.socket() as bound_but_not_listening:
         bound_but_not_listening.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound_but_not_listening.getsockname()[1]}"
-        with pytest.raises(
-            ConnectionFailedError, match=f"No Macaw server at {url}.*macaw serve MODEL --port N"
-        ):
+        with pytest.raises(ConnectionFailedError, match=f"No Macaw server at {url}.*macaw serve MODEL --port N"):
             connect(url).run_program(a_program())
 
 

@@ -86,9 +86,7 @@ def test_import_brings_neither_pydantic_nor_httpx():
 
 
 def test_errors_come_alone():
-    loaded = modules_after(
-        "import json, sys; from macaw import MacawError; print(json.dumps(sorted(sys.modules)))"
-    )
+    loaded = modules_after("import json, sys; from macaw import MacawError; print(json.dumps(sorted(sys.modules)))")
     assert "macaw.errors" in loaded
     assert not loaded & {"pydantic", "httpx"}
 
@@ -129,14 +127,10 @@ def public(cls):
     }
 
 
-@pytest.mark.parametrize(
-    ("sync", "twin"), [(MacawClient, AsyncMacawClient), (ProgramStream, AsyncProgramStream)]
-)
+@pytest.mark.parametrize(("sync", "twin"), [(MacawClient, AsyncMacawClient), (ProgramStream, AsyncProgramStream)])
 def test_both_clients_have_the_same_methods(sync, twin):
     assert public(sync) == public(twin)
 
 
 def test_both_clients_take_the_same_arguments():
-    assert list(inspect.signature(MacawClient).parameters) == list(
-        inspect.signature(AsyncMacawClient).parameters
-    )
+    assert list(inspect.signature(MacawClient).parameters) == list(inspect.signature(AsyncMacawClient).parameters)

@@ -59,9 +59,7 @@ def test_error_object_becomes_the_exception_it_stands_for():
 
 
 def test_event_is_picked_by_its_type():
-    event = TypeAdapter(AnyEvent).validate_json(
-        '{"type": "program.created", "sequence": 0, "program_id": "p"}'
-    )
+    event = TypeAdapter(AnyEvent).validate_json('{"type": "program.created", "sequence": 0, "program_id": "p"}')
     assert event == ProgramCreated(program_id="p")
 
 

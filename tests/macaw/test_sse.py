@@ -18,9 +18,7 @@ def test_lines_of_data_are_joined_by_newline():
 
 
 def test_comments_and_unknown_fields_are_skipped():
-    assert decode(b": ping\n\n:\nretry: 10\nfoo: bar\ndata: x\n\n: ping\n\n") == [
-        ServerSentEvent("message", "x", "")
-    ]
+    assert decode(b": ping\n\n:\nretry: 10\nfoo: bar\ndata: x\n\n: ping\n\n") == [ServerSentEvent("message", "x", "")]
 
 
 def test_one_space_after_the_colon_is_no_data():

@@ -79,9 +79,7 @@ def test_program_id_is_known_before_the_first_event_is_taken(client, server):
 
 
 def test_pings_come_to_nothing(client, server):
-    server.answer_events(
-        "POST", PROGRAMS, [b": ping\r\n\r\n", EVENTS[0], b": ping\r\n\r\n", *EVENTS[1:], b": bye\n\n"]
-    )
+    server.answer_events("POST", PROGRAMS, [b": ping\r\n\r\n", EVENTS[0], b": ping\r\n\r\n", *EVENTS[1:], b": bye\n\n"])
     with client.stream_program(a_program()) as stream:
         assert list(stream) == EVENTS
 
@@ -121,9 +119,7 @@ def test_closed_stream_has_no_result(client, server):
     with client.stream_program(a_program()) as stream:
         pass
     assert list(stream) == []
-    with pytest.raises(
-        ConnectionFailedError, match=r"stream of program p1 at .* ended before the program did"
-    ):
+    with pytest.raises(ConnectionFailedError, match=r"stream of program p1 at .* ended before the program did"):
         stream.result()
 
 
@@ -234,17 +230,13 @@ def test_lost_event_is_an_error(client, server):
     server.answer_events("POST", PROGRAMS, [EVENTS[0], EVENTS[2]], then="hold")
     stream = client.stream_program(a_program())
     with (
-        pytest.raises(
-            ServerError, match=r"Event 2 of program p1 .* came after event 0: the server lost some"
-        ),
+        pytest.raises(ServerError, match=r"Event 2 of program p1 .* came after event 0: the server lost some"),
         stream,
     ):
         list(stream)
 
 
-@pytest.mark.parametrize(
-    "data", [b"[DONE]", b'{"type": "program.paused", "sequence": 1}', b'{"sequence": 1}']
-)
+@pytest.mark.parametrize("data", [b"[DONE]", b'{"type": "program.paused", "sequence": 1}', b'{"sequence": 1}'])
 def test_unknown_event_is_an_error(client, server, data):
     server.answer_events("POST", PROGRAMS, [EVENTS[0], b"data: " + data + b"\n\n"], then="hold")
     stream = client.stream_program(a_program())

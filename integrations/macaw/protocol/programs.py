@@ -18,9 +18,7 @@ class Variable(WireModel):
     @model_validator(mode="after")
     def _one_source(self) -> Variable:
         if (self.value is None) != self.external:
-            raise ValueError(
-                'a variable needs either "value": "text" now, or "external": true to be set later'
-            )
+            raise ValueError('a variable needs either "value": "text" now, or "external": true to be set later')
         return self
 
 

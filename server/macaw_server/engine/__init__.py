@@ -1,0 +1,1 @@
+"""The engine: a loaded model, its step loop, and the process that it runs in. Token ids only."""

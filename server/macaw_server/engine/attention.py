@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from macaw_kernels import AttentionPlan, HeadConfig, attend, store_kv
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from macaw_kernels import AttentionPlan, HeadConfig, attend, store_kv
 
 ATTENTION_NAME = "macaw_paged"
 
@@ -107,7 +108,7 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over pages.
+    """Transformers' attention interface over pages.
 
     Args:
         module: The attention layer; needs a `layer_idx`.

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile
 
+from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile
 from macaw_server.config import EngineConfig
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.runner import Chunk, ModelRunner
@@ -48,9 +48,7 @@ class EngineCore:
         on_loading("checking the model's attention against transformers")
         layers = prepare(model, config.model, profile)
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in layers.values())
-        pool = size_pool(
-            config, page_bytes=page_bytes, max_model_len=loader.max_model_len(config, hf), device=device
-        )
+        pool = size_pool(config, page_bytes=page_bytes, max_model_len=loader.max_model_len(config, hf), device=device)
         on_loading(f"allocating {pool.num_pages:,} KV pages")
         self._runner = ModelRunner(
             model, layers, num_pages=pool.num_pages, page_size=config.page_size, dtype=dtype, profile=profile
@@ -137,14 +135,15 @@ class EngineCore:
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Sampled]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
-        outputs = {
-            s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted
-        }
+        outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted}
         tokens: dict[str, int] = {}
         for request_id, choice in sampled.items():
             output = outputs.setdefault(request_id, EngineOutput(request_id))
             if choice.token is None:
-                output.error = ("internal_error", "The model's logits are not numbers; are its weights sound?")
+                output.error = (
+                    "internal_error",
+                    "The model's logits are not numbers; are its weights sound?",
+                )
                 self._scheduler.abort(request_id, keep_pages=False)
                 continue
             tokens[request_id] = choice.token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -70,6 +71,7 @@ def _worker(config: EngineConfig, pipe: Connection) -> None:
         log.exception("loading %s", config.model)
         pipe.send(LoadFailed(ModelLoadError(f"Loading {config.model} failed: {type(e).__name__}: {e}")))
         return
+    gc.freeze()  # the model's objects live as long as the process: collections need not visit them
     pipe.send(Ready(core.info))
     run_loop(core, inbox, pipe.send)
 
@@ -163,9 +165,7 @@ class EngineProcess:
         # reads this once, when the child imports torch.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(
-            target=_worker, args=(self._config, theirs), name="macaw-engine", daemon=True
-        )
+        self._process = _context.Process(target=_worker, args=(self._config, theirs), name="macaw-engine", daemon=True)
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
         args = (self._pipe, asyncio.get_running_loop())

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from macaw_kernels import DeviceProfile, plan
 from torch import Tensor, nn
 
+from macaw_kernels import DeviceProfile, plan
 from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV, current_batch
 
 
@@ -89,8 +89,7 @@ class ModelRunner:
         context_lens, query_lens = (starts + lengths).tolist(), lengths.tolist()
         batch = BatchContext(
             plans={
-                heads: plan(tables, context_lens, query_lens, heads, self._profile, page_size)
-                for heads in self._heads
+                heads: plan(tables, context_lens, query_lens, heads, self._profile, page_size) for heads in self._heads
             },
             slot_mapping=torch.from_numpy(slots).to(self._device),
             kv=self._kv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -86,14 +87,14 @@ def _adjust(logits: Tensor, row: Row) -> None:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if params.repetition_penalty != 1.0:
-        ids = torch.tensor(row.token_ids, device=logits.device).unique()
+        ids = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
         values = logits[ids]
         penalty = params.repetition_penalty
         logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.num_output:
-        output = torch.tensor(row.token_ids[row.num_prompt :], device=logits.device)
-        ids, counts = output.unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(row.token_ids[row.num_prompt :])
+        penalties = [params.presence_penalty + params.frequency_penalty * n for n in counts.values()]
+        logits[torch.tensor(list(counts), device=logits.device)] -= torch.tensor(penalties, device=logits.device)
     if row.num_output < params.min_tokens and params.stop_token_ids:
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
 

@@ -35,9 +35,7 @@ def create_app(service: ProgramService) -> Starlette:
 
     return Starlette(
         routes=routes,
-        middleware=[
-            Middleware(Guard, service=service, routes={route.endpoint: route.path for route in routes})
-        ],
+        middleware=[Middleware(Guard, service=service, routes={route.endpoint: route.path for route in routes})],
         exception_handlers={MacawError: on_macaw_error, HTTPException: on_http_exception},
         lifespan=lifespan,
     )

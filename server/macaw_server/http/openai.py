@@ -46,8 +46,7 @@ class OpenAIEndpoints:
             ("/v1/models/{name:path}", self.model, "GET"),
         ]
         return [
-            Route(path, authenticated(self._service, endpoint), methods=[method])
-            for path, endpoint, method in table
+            Route(path, authenticated(self._service, endpoint), methods=[method]) for path, endpoint, method in table
         ]
 
     async def chat(self, request: Request, tenant: Tenant) -> Response:
@@ -62,9 +61,7 @@ class OpenAIEndpoints:
 
     async def models(self, request: Request, tenant: Tenant) -> Response:
         """The served models."""
-        return JSONResponse(
-            {"object": "list", "data": [_model_object(model) for model in self._service.models]}
-        )
+        return JSONResponse({"object": "list", "data": [_model_object(model) for model in self._service.models]})
 
     async def model(self, request: Request, tenant: Tenant) -> Response:
         """One of them."""
@@ -88,9 +85,7 @@ class OpenAIEndpoints:
 def _as_program(body: ChatCompletionRequest | CompletionRequest) -> ProgramRequest:
     """One call per prompt, all targets. The metadata shows what the client says of its application."""
     hints = body.macaw or Hints()
-    calls = [
-        Call(id=str(i), output=str(i), request=request) for i, request in enumerate(_one_prompt_each(body))
-    ]
+    calls = [Call(id=str(i), output=str(i), request=request) for i, request in enumerate(_one_prompt_each(body))]
     labels = hints.model_dump(exclude_none=True) | ({} if body.user is None else {"user": body.user})
     return ProgramRequest(
         model=body.model,
@@ -120,9 +115,7 @@ async def _chunks(run: ProgramRun, num_choices: int, include_usage: bool) -> Asy
     async for event in run.events():
         match event:
             case CallDelta(call_id=call_id, chunk=chunk):
-                choices = [
-                    choice | {"index": choice["index"] + offsets[call_id]} for choice in chunk["choices"]
-                ]
+                choices = [choice | {"index": choice["index"] + offsets[call_id]} for choice in chunk["choices"]]
                 last = chunk | {"id": last.get("id", chunk["id"]), "choices": choices}
                 yield _data(last | usage_field)
             case CallCompleted(completion=completion):

@@ -35,6 +35,4 @@ class OperationsEndpoints:
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text format."""
         await self._service.metrics.refresh(self._service.models)
-        return Response(
-            generate_latest(self._service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        return Response(generate_latest(self._service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

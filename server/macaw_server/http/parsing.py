@@ -34,11 +34,7 @@ OpenAIRequest = TypeVar("OpenAIRequest", ChatCompletionRequest, CompletionReques
 _PROMPT = "a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids"
 _PROMPT_IN_PROGRAM = "in a program a prompt is a string or a list of text and variable parts"
 _NESTED_FIELDS = sorted(
-    {
-        name
-        for kind in (Call, ChatCompletionRequest, Message, Transform, Target, Hints)
-        for name in kind.model_fields
-    }
+    {name for kind in (Call, ChatCompletionRequest, Message, Transform, Target, Hints) for name in kind.model_fields}
 )
 _CONTENT = "content is a string or a list of parts of type text"
 
@@ -62,20 +58,12 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         if rb"\ud" in body.lower():  # half a surrogate pair may be spelt, but is no text
             json.dumps(parsed, ensure_ascii=False).encode()
     except json.JSONDecodeError as e:
-        seen = (
-            "is empty"
-            if not body.strip()
-            else f"is not valid JSON: {e.msg} at line {e.lineno} column {e.colno}"
-        )
+        seen = "is empty" if not body.strip() else f"is not valid JSON: {e.msg} at line {e.lineno} column {e.colno}"
         raise InvalidRequestError(f"The body {seen}. Send a JSON object.") from e
     except UnicodeEncodeError as e:
-        raise InvalidRequestError(
-            "The body has half a surrogate pair in a string. Send valid Unicode."
-        ) from e
+        raise InvalidRequestError("The body has half a surrogate pair in a string. Send valid Unicode.") from e
     except UnicodeDecodeError as e:
-        raise InvalidRequestError(
-            f"The body is not UTF-8: {e.reason} at byte {e.start:,}. Send JSON in UTF-8."
-        ) from e
+        raise InvalidRequestError(f"The body is not UTF-8: {e.reason} at byte {e.start:,}. Send JSON in UTF-8.") from e
     except RecursionError as e:
         raise InvalidRequestError("The body is nested too deeply. No accepted body is.") from e
     except ValueError as e:
@@ -150,9 +138,7 @@ def _describe(errors: Sequence[ErrorDetails], body: dict[str, Any], kind: type[W
     """Path and message of the first field that is wrong; of a union's errors, the one that got furthest."""
     located = [(_path(error, body), error) for error in errors]
     first = located[0][0]
-    path, error = max(
-        (entry for entry in located if entry[0][:1] == first[:1]), key=lambda entry: len(entry[0])
-    )
+    path, error = max((entry for entry in located if entry[0][:1] == first[:1]), key=lambda entry: len(entry[0]))
     text = "".join(f"[{item}]" if isinstance(item, int) else f".{item}" for item in path).lstrip(".")
     field = path[-1] if path else ""
     if "prompt" in path:
@@ -177,9 +163,7 @@ def _path(error: ErrorDetails, body: object) -> list[str | int]:
     path: list[str | int] = []
     for i, item in enumerate(error["loc"]):
         is_last = i == len(error["loc"]) - 1
-        if isinstance(body, dict) and (
-            item in body or (is_last and error["type"] in ("missing", "extra_forbidden"))
-        ):
+        if isinstance(body, dict) and (item in body or (is_last and error["type"] in ("missing", "extra_forbidden"))):
             path.append(item)
             body = body.get(item)
         elif isinstance(body, list) and isinstance(item, int):
@@ -198,9 +182,7 @@ def _shown(value: object) -> str:
 
 
 def _json_type(value: object) -> str:
-    return {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}.get(
-        type(value), "null"
-    )
+    return {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "null")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -209,8 +191,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _too_large(seen: str, max_bytes: int) -> NoReturn:
     raise InvalidRequestError(
-        f"{seen} were sent; the largest accepted body has {max_bytes:,}. Send less, or serve with "
-        "--max-body-size.",
+        f"{seen} were sent; the largest accepted body has {max_bytes:,}. Send less, or serve with --max-body-size.",
         code="request_too_large",
         status=413,
     )

@@ -35,8 +35,7 @@ class ProgramEndpoints:
             ("/v1/programs/{id}/variables/{name:path}", self.set_variable, "PUT"),
         ]
         return [
-            Route(path, authenticated(self._service, endpoint), methods=[method])
-            for path, endpoint, method in table
+            Route(path, authenticated(self._service, endpoint), methods=[method]) for path, endpoint, method in table
         ]
 
     async def create(self, request: Request, tenant: Tenant) -> Response:

@@ -85,11 +85,7 @@ def _unsupported_in_message(message: dict[str, Any], path: str) -> Iterator[Refu
         yield _refusal(f"{path}.role", message["role"], _TOOLS)
     content = message.get("content")
     for i, part in enumerate(content if isinstance(content, list) else []):
-        if (
-            isinstance(part, dict)
-            and isinstance(kind := part.get("type"), str)
-            and kind not in ("text", "variable")
-        ):
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind not in ("text", "variable"):
             yield _refusal(f"{path}.content[{i}].type", kind, f"{_TEXT_ONLY}: parts of type text")
 
 

@@ -181,9 +181,7 @@ class KVCache:
             path = list(self.tree.path(live.node))
             locks.update(id(node) for node in path)
             pages = [page for node in reversed(path) for page in node.pages]
-            assert pages == live.block_table[: live.num_tree_pages], (
-                f"{live.request_id}: {pages} is not its path"
-            )
+            assert pages == live.block_table[: live.num_tree_pages], f"{live.request_id}: {pages} is not its path"
         unlocked = 0
         for node in self.tree.nodes():
             held.update(node.pages)
@@ -199,9 +197,7 @@ class KVCache:
             unlocked += 0 if node.lock_count else len(node.pages)
         held.update(page for page in range(self.num_pages) if self.pool.is_free(page))
         assert held == Counter(range(self.num_pages)), f"pages held {held}, there are {self.num_pages}"
-        assert unlocked == self.tree.num_evictable, (
-            f"{unlocked} pages unlocked, {self.tree.num_evictable} counted"
-        )
+        assert unlocked == self.tree.num_evictable, f"{unlocked} pages unlocked, {self.tree.num_evictable} counted"
 
     def _make_room(self, num_pages: int, reserve: int) -> bool:
         if self.num_available < num_pages + reserve:

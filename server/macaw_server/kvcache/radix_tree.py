@@ -115,9 +115,7 @@ class RadixTree:
     def lock(self, match: Match) -> Node:
         """Hold the path of a match whose pages are all ready; returns the node to give to `unlock`."""
         node = match.node
-        assert match.num_in_node <= node.num_ready, (
-            f"{match.num_in_node} pages locked, {node.num_ready} are ready"
-        )
+        assert match.num_in_node <= node.num_ready, f"{match.num_in_node} pages locked, {node.num_ready} are ready"
         if match.num_in_node < len(node.pages):
             node = self._split(node, match.num_in_node)
         for ancestor in self.path(node):
@@ -139,9 +137,7 @@ class RadixTree:
         """Let go of a path."""
         assert node.owner is None, f"node with {len(node.pages) - node.num_ready} pending pages let go"
         for ancestor in self.path(node):
-            assert ancestor.lock_count > 0, (
-                f"node of {len(ancestor.pages)} pages unlocked more often than locked"
-            )
+            assert ancestor.lock_count > 0, f"node of {len(ancestor.pages)} pages unlocked more often than locked"
             ancestor.lock_count -= 1
             if ancestor.lock_count == 0:
                 self.num_evictable += len(ancestor.pages)
@@ -224,12 +220,7 @@ class RadixTree:
             What the caller still holds, and the pages.
         """
         dropped: list[int] = []
-        while (
-            len(dropped) < num_pages
-            and node.lock_count == 1
-            and not node.children
-            and node.last_access <= since
-        ):
+        while len(dropped) < num_pages and node.lock_count == 1 and not node.children and node.last_access <= since:
             assert node.parent is not None
             dropped += self._cut(node, 0)
             node = node.parent
@@ -299,9 +290,7 @@ class RadixTree:
                 most = mid - 1
         return same
 
-    def _add_child(
-        self, node: Node, tokens: list[int], pages: list[int], num_ready: int | None = None
-    ) -> Node:
+    def _add_child(self, node: Node, tokens: list[int], pages: list[int], num_ready: int | None = None) -> Node:
         assert len(tokens) == len(pages) * self.page_size, f"{len(tokens)} tokens for {len(pages)} pages"
         child = Node(node.salt, node, tokens, pages, len(pages) if num_ready is None else num_ready)
         node.children[self._key(tokens, 0)] = child

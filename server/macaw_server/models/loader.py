@@ -38,7 +38,9 @@ def resolve(config: EngineConfig) -> str:
             "and the tokenizer."
         )
     if config.model.startswith((".", "/", "~")) or config.model.count("/") > 1:
-        raise ModelLoadError(f"No folder {config.model}. Give an existing folder, a hub name (org/model), or {DEMO_MODEL}.")
+        raise ModelLoadError(
+            f"No folder {config.model}. Give an existing folder, a hub name (org/model), or {DEMO_MODEL}."
+        )
     return config.model
 
 
@@ -68,7 +70,7 @@ def _check_folder(path: Path, load_format: str) -> None:
 
 
 def load_config(config: EngineConfig) -> Any:
-    """transformers' configuration of the text model; refuses what is not a decoder-only language model."""
+    """Transformers' configuration of the text model; refuses what is not a decoder-only language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -123,7 +125,9 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: EngineConfig, hf: Any, device: torch.device, dtype: torch.dtype, progress: Progress) -> nn.Module:
+def load_model(
+    config: EngineConfig, hf: Any, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> nn.Module:
     """The model in eval mode, with transformers' own (eager) attention for now.
 
     Raises:

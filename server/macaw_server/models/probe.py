@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from macaw_kernels import DeviceProfile
 from torch import Tensor, nn
 
+from macaw_kernels import DeviceProfile
 from macaw_server.engine.attention import (
     ATTENTION_NAME,
     BatchContext,

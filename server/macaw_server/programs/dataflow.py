@@ -67,9 +67,7 @@ class Dataflow:
     graph: Graph
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     _rank: dict[str, int] = field(default_factory=dict)
-    _missing: dict[str, int] = field(
-        default_factory=dict
-    )  # inputs without outcome, of each step that still waits
+    _missing: dict[str, int] = field(default_factory=dict)  # inputs without outcome, of each waiting step
 
     def add(self, variables: dict[str, Variable], step_ids: list[str]) -> list[Effect]:
         """Bring new variables and steps (producers before consumers) to life.
@@ -89,7 +87,8 @@ class Dataflow:
             outcomes = (self.outcomes.get(name) for name in names)
             failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
             if failure is not None or self._missing[step_id] == 0:
-                effects += self._spread(self._leave(step_id, failure, effects))
+                settled = self._leave(step_id, failure, effects)
+                effects += self._spread(settled)
         return effects
 
     def settle(self, name: str, outcome: Outcome) -> list[Effect]:
@@ -135,9 +134,7 @@ class Dataflow:
                     queue += self._leave(step_id, failure, effects)
         return effects
 
-    def _leave(
-        self, step_id: str, failure: Failure | None, effects: list[Effect]
-    ) -> list[tuple[str, Outcome]]:
+    def _leave(self, step_id: str, failure: Failure | None, effects: list[Effect]) -> list[tuple[str, Outcome]]:
         """A step stops waiting: it can start, or never will. Returns what that settles at once."""
         del self._missing[step_id]
         step = self.graph.steps[step_id]

@@ -79,9 +79,7 @@ class Detokenizer:
         self._stop_strings = StopStrings(stop)
         self._anchor: list[int] | None = None
         self._window, self._text = self._prompt_window(prompt_ids)
-        self._num_released = len(
-            self._text
-        )  # characters of `_text`, the window's, that are out (or the prompt's)
+        self._num_released = len(self._text)  # characters of `_text`, the window's, that are out (or the prompt's)
         self._chunk_start = len(self._window)  # tokens before it are context: all of their text is out
 
     def add(self, token_ids: Sequence[int]) -> DetokenizedText:
@@ -151,9 +149,7 @@ class Detokenizer:
         """
         if self._text and not self._text.endswith(_REPLACEMENT):
             return True
-        return bool(self._tokenizer.decode([token_id], skip_special_tokens=False)) and not self._decode(
-            [token_id]
-        )
+        return bool(self._tokenizer.decode([token_id], skip_special_tokens=False)) and not self._decode([token_id])
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -177,8 +177,7 @@ class Program:
             producer = self._graph.producers[name]
             why = "it was declared with its value" if variable else f"{producer!r} produces it"
             raise InvalidProgramError(
-                f'Variable {name!r} cannot be set: {why}. Only variables declared with "external": true '
-                "can be.",
+                f'Variable {name!r} cannot be set: {why}. Only variables declared with "external": true can be.',
                 param=param,
             )
         if self._flow.outcomes.get(name) == value:
@@ -222,9 +221,7 @@ class Program:
         """Calls that were handed out and are not finished."""
         return list(self._running)
 
-    def call_started(
-        self, call_id: str, *, prompt_tokens: int, cached_tokens: int, now_ms: float
-    ) -> list[Event]:
+    def call_started(self, call_id: str, *, prompt_tokens: int, cached_tokens: int, now_ms: float) -> list[Event]:
         """The engine took the call into a batch; taking it up again after a preemption is no second start."""
         node = self.calls[call_id]
         if call_id not in self._running or node.timings.started_ms is not None:
@@ -249,9 +246,7 @@ class Program:
             node.timings.first_token_ms = now_ms
         return [self._emit(CallDelta(call_id=call_id, chunk=chunk))]
 
-    def call_completed(
-        self, call_id: str, completion: dict[str, Any], text: str, now_ms: float
-    ) -> list[Event]:
+    def call_completed(self, call_id: str, completion: dict[str, Any], text: str, now_ms: float) -> list[Event]:
         """The call's whole answer, with usage: `text` resolves its output, and what waited for it goes on."""
         since = len(self.events)
         node = self.calls[call_id]
@@ -385,9 +380,7 @@ class Program:
 
     def _check_running(self, what: str) -> None:
         if self.ended:
-            raise InvalidProgramError(
-                f"Program {self.id!r} has ended ({self.status}) and {what}. Post a new program."
-            )
+            raise InvalidProgramError(f"Program {self.id!r} has ended ({self.status}) and {what}. Post a new program.")
 
     def _heap_entry(self, call_id: str) -> tuple[CallClass, int, str]:
         node = self.calls[call_id]

@@ -127,9 +127,7 @@ def _token_ids(request: CompletionRequest) -> list[int] | None:
     return [item for item in prompt if isinstance(item, int)] or None
 
 
-def _apply_chat_template(
-    request: ChatCompletionRequest, values: Mapping[str, str], tokenizer: Tokenizer
-) -> str:
+def _apply_chat_template(request: ChatCompletionRequest, values: Mapping[str, str], tokenizer: Tokenizer) -> str:
     if not tokenizer.chat_template:
         raise InvalidRequestError(
             "This model has no chat template, so it takes no messages. Send the text as a prompt: to "

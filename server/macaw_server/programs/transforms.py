@@ -16,6 +16,9 @@ import re2
 
 from macaw.protocol import JoinArgs, JsonPointerArgs, LinesArgs, RegexArgs, Transform
 
+MAX_JOINED_CHARS = 2**24
+"""More than any context holds; without it, joins of joins double their text with every step."""
+
 TransformFn = Callable[[Sequence[str]], str]
 """Input values in the transform's order -> output value. Raises ValueError where it cannot be applied."""
 
@@ -58,7 +61,12 @@ def _html_escape(values: Sequence[str]) -> str:
 
 def _join(values: Sequence[str], args: JoinArgs) -> str:
     kept = [value for value in values if not args.drop_blank or value.strip()]
-    return args.separator.join(value.strip() for value in kept) if args.strip else args.separator.join(kept)
+    if args.strip:
+        kept = [value.strip() for value in kept]
+    size = sum(map(len, kept)) + len(args.separator) * (len(kept) - 1)
+    if size > MAX_JOINED_CHARS:
+        raise ValueError(f"the joined text of {size:,} characters is over the limit of {MAX_JOINED_CHARS:,}")
+    return args.separator.join(kept)
 
 
 def _lines(value: str, args: LinesArgs) -> str:
@@ -100,13 +108,9 @@ def _regex(args: RegexArgs) -> TransformFn:
 def _json_pointer(pointer: str) -> TransformFn:
     """RFC 6901. A string is taken as it is, anything else as compact JSON."""
     if pointer and not pointer.startswith("/"):
-        raise TransformArgsError(
-            "pointer", f"Pointer {pointer!r} must be empty (the whole value) or start with '/'."
-        )
+        raise TransformArgsError("pointer", f"Pointer {pointer!r} must be empty (the whole value) or start with '/'.")
     if re.search(r"~(?![01])", pointer):
-        raise TransformArgsError(
-            "pointer", f"Pointer {pointer!r} has a bare '~': write '~0' for '~', '~1' for '/'."
-        )
+        raise TransformArgsError("pointer", f"Pointer {pointer!r} has a bare '~': write '~0' for '~', '~1' for '/'.")
     keys = [key.replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:]]
 
     def look_up(values: Sequence[str]) -> str:
@@ -114,11 +118,7 @@ def _json_pointer(pointer: str) -> TransformFn:
             value = json.loads(values[0], parse_constant=_refuse_constant)
             for depth, key in enumerate(keys):
                 value = _child(value, key, at="/".join(pointer.split("/")[: depth + 1]))
-            text = (
-                value
-                if isinstance(value, str)
-                else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-            )
+            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
             text.encode()
         except json.JSONDecodeError as e:
             raise ValueError(f"not JSON ({e}): {_preview(values[0])}") from e
@@ -136,9 +136,7 @@ def _child(value: Any, key: str, at: str) -> Any:
         case dict() if key in value:
             return value[key]
         case dict():
-            raise ValueError(
-                f"no key {key!r} at {at!r}; its keys are {_preview(', '.join(map(repr, value)))}"
-            )
+            raise ValueError(f"no key {key!r} at {at!r}; its keys are {_preview(', '.join(map(repr, value)))}")
         case list() if re.fullmatch(r"0|[1-9][0-9]{0,17}", key) and int(key) < len(value):
             return value[int(key)]
         case list():

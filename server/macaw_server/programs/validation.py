@@ -103,9 +103,7 @@ def _check_names(graph: Graph, growth: ProgramGrowth, producers: dict[str, str |
         )
 
 
-def _check_needed(
-    graph: Graph, growth: ProgramGrowth, new: dict[str, Step], producers: dict[str, str | None]
-) -> None:
+def _check_needed(graph: Graph, growth: ProgramGrowth, new: dict[str, Step], producers: dict[str, str | None]) -> None:
     """In a closed program a call that no target needs would run for nothing."""
     pending = [t.variable for t in (*graph.targets, *growth.targets)]
     needed: set[str] = set()
@@ -118,7 +116,7 @@ def _check_needed(
         if call.id not in needed:
             raise InvalidProgramError(
                 f"No target needs call {call.id!r}, so it would run for nothing. Add its output "
-                f"{call.output!r} to targets, leave the call out, or make the program open.",
+                f"{call.output!r} to targets, leave the call out, or keep the program open.",
                 param=f"calls[{i}].output",
             )
 
@@ -193,9 +191,7 @@ def _compile(transform: Transform, path: str) -> TransformFn:
 
 def _topological(new: dict[str, Step], producers: dict[str, str | None], paths: dict[str, str]) -> list[str]:
     """Kahn's algorithm over the new steps; what is left over holds a cycle."""
-    sources = {
-        step_id: [p for v in inputs_of(step) if (p := producers.get(v))] for step_id, step in new.items()
-    }
+    sources = {step_id: [p for v in inputs_of(step) if (p := producers.get(v))] for step_id, step in new.items()}
     missing = {step_id: len(steps) for step_id, steps in sources.items()}
     consumers: dict[str, list[str]] = {step_id: [] for step_id in new}
     for step_id, steps in sources.items():

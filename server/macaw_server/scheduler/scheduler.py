@@ -79,9 +79,7 @@ class Scheduler:
         if request.request_id in self._sequences:
             raise ValueError(f"Request id {request.request_id!r} is in use; ids are unique.")
         if not num_prompt:
-            raise ValueError(
-                f"Request {request.request_id!r} has an empty prompt; it needs at least 1 token."
-            )
+            raise ValueError(f"Request {request.request_id!r} has an empty prompt; it needs at least 1 token.")
         if num_prompt + 1 > self.config.max_model_len:
             raise ValueError(
                 f"Prompt of {num_prompt:,} tokens and one of output are over the model's "
@@ -184,12 +182,8 @@ class Scheduler:
                 and sequence.num_computed == len(sequence.block_table) * self.kv_cache.page_size
                 and not self.kv_cache.extend(sequence.pages)
             ):
-                assert len(self._running) > 1, (
-                    f"{sequence.request_id} fills {len(sequence.block_table)} pages alone"
-                )
-                victim = max(
-                    self._running.values(), key=lambda other: self.policy.preemption_order(other, now_s)
-                )
+                assert len(self._running) > 1, f"{sequence.request_id} fills {len(sequence.block_table)} pages alone"
+                victim = max(self._running.values(), key=lambda other: self.policy.preemption_order(other, now_s))
                 self._preempt(victim)
                 batch.preempted.append(victim)
 

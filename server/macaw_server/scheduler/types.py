@@ -46,13 +46,9 @@ class SchedulerConfig:
                 "so that every sequence can decode in each step."
             )
         if self.max_model_len < 2:
-            raise ValueError(
-                f"max_model_len of {self.max_model_len} leaves no output; it must be at least 2."
-            )
+            raise ValueError(f"max_model_len of {self.max_model_len} leaves no output; it must be at least 2.")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
-            raise ValueError(
-                f"max_prefill_chunk of {self.max_prefill_chunk} is no progress; it must be at least 1."
-            )
+            raise ValueError(f"max_prefill_chunk of {self.max_prefill_chunk} is no progress; it must be at least 1.")
 
 
 @dataclass(slots=True, eq=False)

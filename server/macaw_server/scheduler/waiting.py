@@ -43,9 +43,7 @@ class WaitingQueue:
         """Take a sequence out, wherever it stands."""
         del self._tickets[sequence.number]
         for heap in (self._by_key, self._by_arrival):
-            if (
-                len(heap) > 2 * len(self._tickets) + 64
-            ):  # more than half are stale: pay for it by the removals
+            if len(heap) > 2 * len(self._tickets) + 64:  # more than half are stale: pay for it by the removals
                 heap[:] = filter(self._valid, heap)
                 heapq.heapify(heap)
 

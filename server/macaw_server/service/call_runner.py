@@ -127,9 +127,7 @@ class CallRunner:
                 on_output(output)
             except Exception:
                 log.exception("output of call %s of %s", self._call_id, self._format.id)
-                self._fail(
-                    InternalServerError("A bug in the server broke this call; its log has the traceback.")
-                )
+                self._fail(InternalServerError("A bug in the server broke this call; its log has the traceback."))
 
         return guarded
 
@@ -208,8 +206,7 @@ class CallRunner:
         )
         wants_logprobs = self._request.logprobs is not None and self._request.logprobs is not False
         answers = [
-            Answer("".join(c.pieces), c.finish_reason, c.reports if wants_logprobs else None)
-            for c in self._choices
+            Answer("".join(c.pieces), c.finish_reason, c.reports if wants_logprobs else None) for c in self._choices
         ]
         self._observer.call_completed(self._call_id, self._format.completion(answers, usage), answers[0].text)
 

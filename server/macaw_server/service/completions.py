@@ -44,9 +44,7 @@ class ResponseFormat:
     chat: bool
 
     @classmethod
-    def of_call(
-        cls, program_id: str, call_id: str, *, model: str, created: int, chat: bool
-    ) -> ResponseFormat:
+    def of_call(cls, program_id: str, call_id: str, *, model: str, created: int, chat: bool) -> ResponseFormat:
         """The format of a program's call."""
         kind = "chatcmpl" if chat else "cmpl"
         return cls(f"{kind}-{program_id.removeprefix('prog-')}-{call_id}", model, created, chat)
@@ -72,9 +70,7 @@ class ResponseFormat:
     def role_chunk(self, index: int) -> dict[str, Any]:
         """A chat choice's first chunk."""
         delta = {"role": "assistant", "content": ""}
-        return self._object(
-            [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], chunk=True
-        )
+        return self._object([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], chunk=True)
 
     def completion(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
         """The whole answer."""
@@ -86,8 +82,7 @@ class ResponseFormat:
             else:
                 choice["text"] = answer.text
             choices.append(
-                choice
-                | {"logprobs": self._logprobs(answer.reports, 0), "finish_reason": answer.finish_reason}
+                choice | {"logprobs": self._logprobs(answer.reports, 0), "finish_reason": answer.finish_reason}
             )
         return self._object(choices, chunk=False) | {"usage": usage}
 
@@ -106,8 +101,7 @@ class ResponseFormat:
             return None
         if self.chat:
             content = [
-                _token(report.token, report.logprob)
-                | {"top_logprobs": [_token(*entry) for entry in report.top]}
+                _token(report.token, report.logprob) | {"top_logprobs": [_token(*entry) for entry in report.top]}
                 for report in reports
             ]
             return {"content": content, "refusal": None}

@@ -130,9 +130,7 @@ class ProgramRun:
         finally:
             self._num_attached -= 1
             if self._num_attached == 0 and not self.program.request.detached:
-                self.cancel(
-                    CancelledError("The client closed the connection, and the program was not detached.")
-                )
+                self.cancel(CancelledError("The client closed the connection, and the program was not detached."))
 
     async def events(self, after: int = -1) -> AsyncIterator[AnyEvent]:
         """The events with a sequence number over `after`, as they come, to the last."""

@@ -58,16 +58,12 @@ class ProgramService:
         self.models = ModelRegistry(models)
         self.tenants = Tenants(self.config.api_keys, secret)
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
-        self._surroundings = Surroundings(
-            self.config, PromptPreparer(self.models), self.metrics, self._on_end
-        )
+        self._surroundings = Surroundings(self.config, PromptPreparer(self.models), self.metrics, self._on_end)
         self._live: dict[str, ProgramRun] = {}
         self._kept: dict[str, tuple[ProgramRun, float]] = {}  # finished, and when; oldest first
         self._keyed: dict[tuple[str, str], _Keyed] = {}
         self._num_kept_events = 0
-        self._ends: deque[tuple[float, int]] = deque(
-            maxlen=1024
-        )  # when programs ended, and their number of calls
+        self._ends: deque[tuple[float, int]] = deque(maxlen=1024)  # when programs ended, and their number of calls
         self._all_ended = asyncio.Event()
         self._draining = False
 
@@ -81,9 +77,7 @@ class ProgramService:
         """Whether new programs are refused because the server is about to end."""
         return self._draining
 
-    async def submit(
-        self, tenant: Tenant, request: ProgramRequest, *, hints: Hints | None = None
-    ) -> ProgramRun:
+    async def submit(self, tenant: Tenant, request: ProgramRequest, *, hints: Hints | None = None) -> ProgramRun:
         """Check a program as a whole and start it, or join the one that has its idempotency key.
 
         Args:

@@ -44,9 +44,7 @@ def check_request(request: ChatCompletionRequest | CompletionRequest, info: Engi
             param="min_tokens",
         )
     if isinstance(request, CompletionRequest) and isinstance(request.prompt, list):
-        _check_token_ids(
-            [item for item in request.prompt if isinstance(item, int)], "prompt", info.vocab_size
-        )
+        _check_token_ids([item for item in request.prompt if isinstance(item, int)], "prompt", info.vocab_size)
 
 
 def base_seed(request: ChatCompletionRequest | CompletionRequest) -> int:

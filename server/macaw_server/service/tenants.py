@@ -39,11 +39,7 @@ class Tenants:
             return ANONYMOUS
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            seen = (
-                "no Authorization header"
-                if authorization is None
-                else "an Authorization header of another form"
-            )
+            seen = "no Authorization header" if authorization is None else "an Authorization header of another form"
             raise UnauthorizedError(
                 f"This server asks for an API key, and got {seen}. Send: Authorization: Bearer KEY."
             )
@@ -52,9 +48,7 @@ class Tenants:
             if hmac.compare_digest(digest, expected):
                 found = tenant
         if found is None:
-            raise UnauthorizedError(
-                "The API key is not one of this server's. Check it, or ask who runs the server."
-            )
+            raise UnauthorizedError("The API key is not one of this server's. Check it, or ask who runs the server.")
         return found
 
 

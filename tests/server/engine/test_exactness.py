@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig, PreTrainedModel
+
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.types import EngineRequest, SamplingParams
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, save_model
-from transformers import GenerationConfig, PreTrainedModel
 
 NUM_OUTPUT = 16
 
@@ -24,7 +25,15 @@ def prompts() -> list[list[int]]:
         return [rng.randrange(4, VOCAB_SIZE) for _ in range(n)]
 
     root, left = ids(32), ids(17)
-    return [root + left + ids(5), root + left + ids(9), root + ids(3), root + left, ids(41), ids(1), root + left + ids(2)]
+    return [
+        root + left + ids(5),
+        root + left + ids(9),
+        root + ids(3),
+        root + left,
+        ids(41),
+        ids(1),
+        root + left + ids(2),
+    ]
 
 
 def expected(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.memory import choose_device, choose_dtype
@@ -81,12 +82,12 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_folder_file_and_parts(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="No folder .*nowhere"):
+    with pytest.raises(ModelLoadError, match=r"No folder .*nowhere"):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match="is a file"):
         load(llama / "config.json")
     (llama / "model.safetensors").rename(tmp_path / "weights")
-    with pytest.raises(ModelLoadError, match="no weights.*--load-format dummy"):
+    with pytest.raises(ModelLoadError, match=r"no weights.*--load-format dummy"):
         load(llama)
     assert load(llama, load_format="dummy").info.max_model_len == 512
     (llama / "config.json").write_text("{")
@@ -108,7 +109,9 @@ def test_a_missing_shard_and_missing_tensors_are_named(tmp_path: Path) -> None:
     save_model(tmp_path / "short", "llama", num_hidden_layers=2)
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ModelLoadError, match=r"9 weights of LlamaForCausalLM are not in its files, such as model\.layers\.2"):
+    with pytest.raises(
+        ModelLoadError, match=r"9 weights of LlamaForCausalLM are not in its files, such as model\.layers\.2"
+    ):
         load(tmp_path / "short")
 
 

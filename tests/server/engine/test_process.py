@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+
 from macaw_server.config import EngineConfig
 from macaw_server.engine.process import MAX_CRASHES_PER_REQUEST, EngineProcess
 from macaw_server.engine.thread import EngineThread
@@ -51,6 +52,9 @@ class Collector:
     async def end(self, request_id: str) -> EngineOutput:
         await self._ends[request_id].wait()
         return self.outputs[request_id][-1]
+
+    def ended(self, request_id: str) -> bool:
+        return self._ends[request_id].is_set()
 
     async def some_output(self) -> None:
         self._news.clear()
@@ -112,8 +116,8 @@ async def test_a_request_that_is_there_at_every_crash_fails_and_others_go_on() -
             assert engine.pid is not None
             pid = engine.pid
             os.kill(pid, signal.SIGKILL)
-            while engine.pid == pid and not collector._ends["poison"].is_set():
-                await asyncio.sleep(0.01)
+            while engine.pid == pid and not collector.ended("poison"):
+                await engine.stats()
         end = await collector.end("poison")
         assert end.error is not None
         assert end.error[0] == "engine_failed"

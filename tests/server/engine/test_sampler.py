@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from macaw_server.engine.sampler import Row, sample, uniform
 from macaw_server.engine.types import SamplingParams
 
@@ -14,7 +15,9 @@ LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]))
 
 def draw(num: int, *, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: float) -> Counter[int]:
     """How often each token comes up over `num` seeds, from one batch."""
-    rows = [Row(SamplingParams(max_tokens=9, seed=seed, **params), (*prompt, *output), len(prompt)) for seed in range(num)]
+    rows = [
+        Row(SamplingParams(max_tokens=9, seed=seed, **params), (*prompt, *output), len(prompt)) for seed in range(num)
+    ]
     return Counter(choice.token for choice in sample(LOGITS.repeat(num, 1), rows))
 
 

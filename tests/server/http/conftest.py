@@ -97,7 +97,5 @@ def sse(text):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
         if fields:
             data = fields["data"]
-            events.append(
-                (fields.get("id"), fields.get("event"), data if data == "[DONE]" else json.loads(data))
-            )
+            events.append((fields.get("id"), fields.get("event"), data if data == "[DONE]" else json.loads(data)))
     return events

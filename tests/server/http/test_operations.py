@@ -20,9 +20,7 @@ class TestKeys:
     def api(self, make_api):
         return make_api(api_keys=("alice-key", "bob-key"))
 
-    @pytest.mark.parametrize(
-        "headers", [{}, bearer("carol-key"), bearer(""), {"authorization": "Basic alice-key"}]
-    )
+    @pytest.mark.parametrize("headers", [{}, bearer("carol-key"), bearer(""), {"authorization": "Basic alice-key"}])
     async def test_wrong_keys(self, api, headers):
         for method, path in [
             ("GET", "/v1/models"),

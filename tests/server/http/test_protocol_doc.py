@@ -29,9 +29,7 @@ async def test_the_hints_are_accepted(api):
 
 def test_every_route_is_named(make_api):
     routes = {route.path.replace(":path}", "}") for route in create_app(make_api().service).routes}
-    assert routes == {
-        match for match in re.findall(r"`(?:GET|POST|PUT|DELETE) (/\S+)`", TEXT) if "?" not in match
-    }
+    assert routes == {match for match in re.findall(r"`(?:GET|POST|PUT|DELETE) (/\S+)`", TEXT) if "?" not in match}
 
 
 @pytest.mark.parametrize("code", _BY_CODE)

@@ -92,9 +92,7 @@ def test_dropping_frees_what_nobody_else_used_and_nothing_more():
     cache = KVCache(num_pages=16, page_size=2)
     cache.release(prefill(cache, "old", [1, 2, 3]), [1, 2, 3])
     mine = prefill(cache, "a", [1, 2, 3, 4, 5, 6, 7, 8, 9])  # cached [1 2], own [3 4] [5 6] [7 8] [9 .]
-    cache.release(
-        prefill(cache, "b", [1, 2, 3, 4, 6, 6, 6]), [1, 2, 3, 4, 6, 6, 6]
-    )  # used [3 4], added [6 6]
+    cache.release(prefill(cache, "b", [1, 2, 3, 4, 6, 6, 6]), [1, 2, 3, 4, 6, 6, 6])  # used [3 4], added [6 6]
     cache.release(mine, [1, 2, 3, 4, 5, 6, 7, 8, 9], insert_into_tree=False)
     cache.check()
     assert cache.tree.match_prefix([1, 2, 3, 4, 5, 6, 7, 8], "", 9).pages == mine.block_table[:2]
@@ -173,9 +171,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         start = allocation.num_computed
         if start == len(tokens):
             tokens.append(token)
-            if start == len(allocation.block_table) * self.cache.page_size and not self.cache.extend(
-                allocation
-            ):
+            if start == len(allocation.block_table) * self.cache.page_size and not self.cache.extend(allocation):
                 assert self.cache.num_available == 0
                 tokens.pop()
                 return

@@ -176,17 +176,13 @@ class RadixTreeMachine(RuleBasedStateMachine):
             assert not self.locks[by_page[page]]
             del self.model[by_page[page]]
         for salt, prefix in self.model:
-            assert all((salt, shorter) in self.model for shorter in prefixes(prefix)), (
-                "a prefix lost its front"
-            )
+            assert all((salt, shorter) in self.model for shorter in prefixes(prefix)), "a prefix lost its front"
 
     @invariant()
     def counts_agree(self):
         assert self.tree.num_pages == len(self.model)
         assert self.tree.num_evictable == sum(not self.locks[entry] for entry in self.model)
-        assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(
-            self.model.values()
-        )
+        assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(self.model.values())
         for node in self.tree.nodes():
             assert node.pages or node.parent is None
             assert node.pages or node.children or node.lock_count, "an empty root stayed"

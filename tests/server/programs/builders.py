@@ -37,9 +37,7 @@ def program(*steps: Call | Transform, target: str | list[Target] | None = None, 
     return Program("p", request(*steps, target=target, **fields))
 
 
-def request(
-    *steps: Call | Transform, target: str | list[Target] | None = None, **fields: Any
-) -> ProgramRequest:
+def request(*steps: Call | Transform, target: str | list[Target] | None = None, **fields: Any) -> ProgramRequest:
     return ProgramRequest(
         calls=[step for step in steps if isinstance(step, Call)],
         transforms=[step for step in steps if isinstance(step, Transform)],

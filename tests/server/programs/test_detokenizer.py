@@ -39,9 +39,7 @@ def at_once(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> str:
 
 
 @TOKENIZERS
-@given(
-    prompt=prompts, answer=texts, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8), data=st.data()
-)
+@given(prompt=prompts, answer=texts, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8), data=st.data())
 @settings(max_examples=120, deadline=None)
 def test_deltas_of_any_text_are_what_decoding_at_once_gives(
     tokenizer: Any, prompt: str, answer: str, sizes: list[int], data: st.DataObject
@@ -165,9 +163,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[s
 
 
 @TOKENIZERS
-@given(
-    answer=texts, stop=st.sampled_from(["macaw", "\n", "中文", "🦜", ". ", "the m"]), size=st.integers(1, 5)
-)
+@given(answer=texts, stop=st.sampled_from(["macaw", "\n", "中文", "🦜", ". ", "the m"]), size=st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
 def test_the_answer_ends_before_the_stop_string(tokenizer: Any, answer: str, stop: str, size: int) -> None:
     prompt_ids = tokenizer.encode("The", add_special_tokens=False)

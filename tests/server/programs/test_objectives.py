@@ -39,9 +39,7 @@ def test_siblings_through_a_transform() -> None:
 
 
 def test_a_transform_that_makes_the_target_is_the_consumer() -> None:
-    fan_out = program(
-        call("m0"), call("m1"), transform("join", "join", "m0.out", "m1.out"), target="join.out"
-    )
+    fan_out = program(call("m0"), call("m1"), transform("join", "join", "m0.out", "m1.out"), target="join.out")
     assert deduced(fan_out) == {"m0": (GROUP, "join", 0), "m1": (GROUP, "join", 0)}
 
 

@@ -41,9 +41,7 @@ def test_the_life_of_a_map_reduce() -> None:
     assert [prompt(running, node) for node in nodes] == ["m0:A", "m1:B"]
     assert running.take_ready(1.0) == []
 
-    assert kinds(running.call_started("m0", prompt_tokens=7, cached_tokens=3, now_ms=5.0)) == [
-        "call.started m0"
-    ]
+    assert kinds(running.call_started("m0", prompt_tokens=7, cached_tokens=3, now_ms=5.0)) == ["call.started m0"]
     assert kinds(running.call_delta("m0", {"n": 1}, 6.0)) == ["call.delta m0"]
     running.call_delta("m0", {"n": 2}, 7.0)
     finished = running.call_completed("m0", completion("one", 2), "one", 8.0)
@@ -62,9 +60,7 @@ def test_the_life_of_a_map_reduce() -> None:
     assert end.variables == {"reduce.out": "all"}
     assert end.critical_path == ["m1", "reduce"]
     assert end.duration_ms == 20.0
-    assert end.totals == Totals(
-        calls=3, prompt_tokens=23, cached_tokens=7, computed_tokens=16, completion_tokens=7
-    )
+    assert end.totals == Totals(calls=3, prompt_tokens=23, cached_tokens=7, computed_tokens=16, completion_tokens=7)
     assert (running.status, running.ended, running.error) == ("completed", True, None)
     assert running.calls["m0"].timings == CallTimings(
         ready_ms=0.0, started_ms=5.0, first_token_ms=6.0, completed_ms=8.0
@@ -172,9 +168,7 @@ def test_a_transform_that_cannot_be_applied_fails_its_consumers() -> None:
 
 
 def test_two_failed_inputs_fail_a_call_once() -> None:
-    joined = program(
-        call("a"), call("b"), call("c", "a.out", "b.out"), call("d"), target=targets("c.out", "d.out")
-    )
+    joined = program(call("a"), call("b"), call("c", "a.out", "b.out"), call("d"), target=targets("c.out", "d.out"))
     take(joined)
     assert kinds(joined.call_failed("a", BoomError("1"), 0.0)) == ["call.failed a", "call.failed c"]
     assert kinds(joined.call_failed("b", BoomError("2"), 0.0)) == ["call.failed b"]
@@ -293,9 +287,7 @@ def test_growth_that_reads_a_failed_variable_fails_at_once() -> None:
 def test_growth_that_adds_a_target_on_what_is_settled_and_closes_ends_the_program() -> None:
     growing = program(call("a"), open=True)
     run(growing)
-    closing = ProgramGrowth(
-        targets=targets("t.out"), transforms=[transform("t", "strip", "a.out")], close=True
-    )
+    closing = ProgramGrowth(targets=targets("t.out"), transforms=[transform("t", "strip", "a.out")], close=True)
     assert kinds(growing.grow(closing, 2.0)) == ["variable.resolved t.out", "program.completed"]
 
 

@@ -38,9 +38,7 @@ class ProgramMachine(RuleBasedStateMachine):
         steps = [*growth.calls, *growth.transforms]
         self.program = Program(
             "p",
-            request(
-                *steps, target=growth.targets, variables=growth.variables, open=True, max_concurrency=limit
-            ),
+            request(*steps, target=growth.targets, variables=growth.variables, open=True, max_concurrency=limit),
         )
 
     def draw_growth(self, data: st.DataObject, close: bool) -> ProgramGrowth:
@@ -131,9 +129,7 @@ class ProgramMachine(RuleBasedStateMachine):
                     ProgramGrowth(calls=[call("new"), call(used)], close=True),
                     ProgramGrowth(calls=[call("new", "nowhere")]),
                     ProgramGrowth(calls=[call("new", "new2.out"), call("new2", "new.out")]),
-                    ProgramGrowth(
-                        calls=[call("new")], variables={self.steps[used].output: Variable(value="x")}
-                    ),
+                    ProgramGrowth(calls=[call("new")], variables={self.steps[used].output: Variable(value="x")}),
                 ]
             )
         )
@@ -163,9 +159,7 @@ class ProgramMachine(RuleBasedStateMachine):
     @rule(data=st.data(), prompt=st.integers(1, 9))
     def start(self, data: st.DataObject, prompt: int) -> None:
         call_id = data.draw(st.sampled_from(self.running()))
-        self.program.call_started(
-            call_id, prompt_tokens=prompt, cached_tokens=prompt // 2, now_ms=self.now_ms
-        )
+        self.program.call_started(call_id, prompt_tokens=prompt, cached_tokens=prompt // 2, now_ms=self.now_ms)
 
     @precondition(lambda self: self.running())
     @rule(data=st.data(), text=st.sampled_from(["", "word", "42"]), num_tokens=st.integers(0, 5))

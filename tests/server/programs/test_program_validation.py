@@ -166,9 +166,7 @@ def test_stream_options_are_refused_by_name() -> None:
 
 
 def test_a_plain_request_says_what_a_request_says() -> None:
-    plain = Program(
-        "p", request(text_call([1, 2], stream=True, macaw={"app": "x"}), target="a.out"), plain=True
-    )
+    plain = Program("p", request(text_call([1, 2], stream=True, macaw={"app": "x"}), target="a.out"), plain=True)
     assert run(plain) == ["a"]
     with pytest.raises(InvalidProgramError, match="2 prompts"):
         Program("p", request(text_call(["one", "two"]), target="a.out"), plain=True)

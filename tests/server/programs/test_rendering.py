@@ -42,9 +42,7 @@ def test_a_chat_is_the_template_s_text_tokenised_as_a_whole(tokenizer: Any) -> N
     rendered = render(request, {"x": "aw is"}, tokenizer)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the macaw is!"}]
     assert rendered.text == "<s>[system]Be brief.[user]the macaw is![assistant]"
-    assert (
-        rendered.token_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    )
+    assert rendered.token_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     # as a whole: "mac" + "aw" of two parts is the one token that it is in running text
     assert tokenizer.convert_tokens_to_ids("Ġmacaw") in rendered.token_ids
     assert rendered.token_ids.count(tokenizer.bos_token_id) == 1
@@ -58,9 +56,7 @@ def test_a_text_completion_gets_the_tokenizer_s_special_tokens(tokenizer: Any) -
 
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert render(request, {"x": "aw"}, tokenizer).token_ids == [0, *rendered.token_ids]
     # the chat template writes its own
     assert render(chat(("user", "hi")), {}, tokenizer).token_ids.count(0) == 1
@@ -75,9 +71,7 @@ def test_developer_is_the_template_s_system(tokenizer: Any) -> None:
 
 
 def test_names_reach_the_template(tokenizer: Any) -> None:
-    request = ChatCompletionRequest.model_validate(
-        {"messages": [{"role": "user", "name": "Ann", "content": "hi"}]}
-    )
+    request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "name": "Ann", "content": "hi"}]})
     assert render(request, {}, tokenizer).text == "<s>[user=Ann]hi[assistant]"
 
 

@@ -36,6 +36,13 @@ def test_join_may_name_a_variable_twice() -> None:
     assert compile_transform(transform("t", "join", "a", "b", "a"))(["1", "2", "1"]) == "121"
 
 
+def test_joins_of_joins_cannot_fill_the_memory() -> None:
+    text = "a" * 2**20
+    assert len(apply("join", *[text] * 16)) == 2**24
+    with pytest.raises(ValueError, match="the joined text of 16,777,231 characters is over the limit of 16,777,216"):
+        apply("join", *[text] * 16, separator=",")
+
+
 def test_strip() -> None:
     assert apply("strip", "\n a b\t") == "a b"
 
@@ -64,18 +71,12 @@ def test_json_pointer(pointer: str, expected: str) -> None:
 values = st.none() | st.text(max_size=5) | st.integers()
 
 
-@given(
-    st.recursive(
-        values, lambda v: st.lists(v) | st.dictionaries(st.text("a~/é", max_size=3), v), max_leaves=8
-    )
-)
+@given(st.recursive(values, lambda v: st.lists(v) | st.dictionaries(st.text("a~/é", max_size=3), v), max_leaves=8))
 def test_json_pointer_reaches_every_value(document: Any) -> None:
     def check(value: Any, pointer: str) -> None:
         found = apply("json_pointer", text, pointer=pointer)
         assert (found if isinstance(value, str) else json.loads(found)) == value
-        items = (
-            enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-        )
+        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
         for key, child in items:
             check(child, f"{pointer}/{str(key).replace('~', '~0').replace('/', '~1')}")
 

@@ -65,9 +65,7 @@ class EngineModel:
     ) -> None:
         config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk)
         self.cache = cache or KVCache(num_pages, page_size)
-        self.scheduler = Scheduler(
-            config, self.cache, make_policy(policy) if isinstance(policy, str) else policy
-        )
+        self.scheduler = Scheduler(config, self.cache, make_policy(policy) if isinstance(policy, str) else policy)
         self.memory = KVMemory(self.cache)
         self.sampler = sampler
         self.now_s = 1.0
@@ -93,9 +91,7 @@ class EngineModel:
         held = self.memory.prefixes()  # what was ready before and has not been evicted since
         self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
         self.cache.check()
-        sampled = {
-            c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples
-        }
+        sampled = {c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples}
         self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
         self.memory.ready_prefixes()
         self.cache.check()
@@ -124,9 +120,7 @@ class EngineModel:
             self.memory.write(sequence.block_table, hashes, start, end)
             for i_page in range(start // size, min(end // size, (len(tokens) - 1) // size)):
                 content, page = hashes[(i_page + 1) * size - 1], sequence.block_table[i_page]
-                assert ready.setdefault(content, page) == page, (
-                    f"{sequence.request_id} recomputes page {page}"
-                )
+                assert ready.setdefault(content, page) == page, f"{sequence.request_id} recomputes page {page}"
         admitted = {sequence.request_id for sequence in batch.admitted}
         assert not admitted & self.admitted, "cached_tokens reported twice"
         self.admitted |= admitted

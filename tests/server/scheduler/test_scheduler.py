@@ -119,27 +119,21 @@ def test_the_next_in_line_takes_over_from_an_aborted_owner(keep_pages):
         engine.add(name, list(range(20)))
     engine.step()
     engine.scheduler.abort("owner", keep_pages=keep_pages)
-    assert chunks(engine.step()) == [("heir", 4, 4, False)], (
-        "what the owner had computed is not computed again"
-    )
+    assert chunks(engine.step()) == [("heir", 4, 4, False)], "what the owner had computed is not computed again"
     assert engine.sequences["follower"].status is SequenceStatus.BLOCKED
     engine.run()
     assert engine.finished == ["heir", "follower"]
 
 
 def test_a_burst_of_followers_is_looked_up_a_few_at_a_time():
-    engine = EngineModel(
-        cache=(cache := CountingCache(64, 2)), max_num_batched_tokens=16, max_prefill_chunk=4
-    )
+    engine = EngineModel(cache=(cache := CountingCache(64, 2)), max_num_batched_tokens=16, max_prefill_chunk=4)
     for i in range(1000):
         engine.add(f"r{i}", [*range(20), 50 + i], max_tokens=1)
     most = 8 + MAX_LOOKUPS_PER_STEP
     engine.step()
     assert cache.num_lookups == most
     num_steps = 1 + len(engine.run())
-    assert cache.num_lookups <= 2 * 1000 + num_steps, (
-        "each is looked up when it blocks and when it is admitted"
-    )
+    assert cache.num_lookups <= 2 * 1000 + num_steps, "each is looked up when it blocks and when it is admitted"
     assert engine.scheduler.stats().computed_tokens == 20 + 1000
 
 
@@ -188,9 +182,7 @@ def test_cached_tokens_are_reported_once_even_if_a_prefill_is_preempted():
     engine.step()
     victim = engine.add("new", [2] * 15, max_tokens=1)
     batches = engine.run()
-    assert [
-        (ids(batch.admitted), ids(batch.preempted)) for batch in batches if batch.admitted or batch.preempted
-    ] == [
+    assert [(ids(batch.admitted), ids(batch.preempted)) for batch in batches if batch.admitted or batch.preempted] == [
         (["new"], []),
         ([], ["new"]),
     ]

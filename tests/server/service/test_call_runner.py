@@ -19,9 +19,7 @@ class Hand:
 
     @property
     def deltas(self):
-        chunks = [
-            event.chunk["choices"][0] for event in self.run.program.events if isinstance(event, CallDelta)
-        ]
+        chunks = [event.chunk["choices"][0] for event in self.run.program.events if isinstance(event, CallDelta)]
         return [choice["delta"].get("content", "") for choice in chunks]
 
     @property

@@ -37,9 +37,7 @@ CHAIN = {"Draft": "a draft", "Polish": "a polished text"}
 
 
 def chain(**fields):
-    return program(
-        ("draft", "Draft it."), ("polish", "Polish: ", "$draft.out"), targets=["polish.out"], **fields
-    )
+    return program(("draft", "Draft it."), ("polish", "Polish: ", "$draft.out"), targets=["polish.out"], **fields)
 
 
 async def finished(service, request, **kwargs):
@@ -100,9 +98,7 @@ async def test_hints_of_plain_requests_override_the_graph(make):
 async def test_max_concurrency_bounds_the_calls_at_work(make):
     engine = ScriptedEngine(held=True)
     calls = [(str(i), f"Part {i}") for i in range(5)]
-    run = await submit(
-        make(engine), program(*calls, targets=[f"{i}.out" for i in range(5)], max_concurrency=2)
-    )
+    run = await submit(make(engine), program(*calls, targets=[f"{i}.out" for i in range(5)], max_concurrency=2))
     most = 0
     while not run.program.ended:
         await asyncio.sleep(0)
@@ -121,9 +117,7 @@ class TestGrowth:
         )
         await until(lambda: "draft.out" in run.values)
         judge = call("judge", "$draft.out", "? ", "$verdict")
-        growth = ProgramGrowth(
-            calls=[Call.model_validate(judge)], targets=[Target(variable="judge.out")], close=True
-        )
+        growth = ProgramGrowth(calls=[Call.model_validate(judge)], targets=[Target(variable="judge.out")], close=True)
         await service.grow(run, growth)
         assert len(engine.requests) == 1
         run.set_variable("verdict", "yes")
@@ -185,9 +179,7 @@ class TestRefusals:
                 f"context of {MAX_MODEL_LEN}",
             ),
             (
-                program(
-                    ("a", "word " * 300, "$v"), targets=["a.out"], variables={"v": {"value": "word " * 300}}
-                ),
+                program(("a", "word " * 300, "$v"), targets=["a.out"], variables={"v": {"value": "word " * 300}}),
                 ContextLengthError,
                 "calls[0].request",
                 "Shorten the prompt",
