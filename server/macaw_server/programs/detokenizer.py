@@ -11,8 +11,6 @@ from .stop_strings import StopStrings
 
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not, or not yet, a character."""
-_MAX_HELD = 8
-"""More replacement characters in a row than two unfinished characters cause: the bytes are invalid."""
 _CONTEXT = 8
 """Tokens kept where the window is cut inside a character: each has at least a byte, a character at most 4."""
 _MAX_PROMPT_CONTEXT = 64
@@ -117,15 +115,16 @@ class Detokenizer:
             self._window.pop()
             return ""
         num_held = len(text) - len(text.rstrip(_REPLACEMENT))
-        if num_held > _MAX_HELD:
-            num_held = 3  # the most that the last, perhaps unfinished character can account for
+        num_tokens_held = len(self._window) - self._chunk_start
+        if num_tokens_held > _CONTEXT:  # more than any character has: invalid bytes, and only their end may change
+            num_held = min(num_held, 3)
         delta = text[self._num_released : len(text) - num_held]
         self._num_released = max(self._num_released, len(text) - num_held)
         self._text = text
         if num_held == 0:
             self._cut(self._chunk_start)
             self._num_released, self._chunk_start = len(self._text), len(self._window)
-        elif len(self._window) - self._chunk_start > 2 * _CONTEXT:
+        elif num_tokens_held > 2 * _CONTEXT:
             self._cut_inside_chunk()
         return delta
 

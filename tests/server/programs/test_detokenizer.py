@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from macaw_server.programs.detokenizer import Detokenizer
@@ -117,24 +117,40 @@ def test_the_work_is_linear_in_the_tokens(pattern: list[int]) -> None:
     assert "".join(deltas) == at_once(BYTE_LEVEL, prompt_ids, token_ids)
 
 
+class MisalignedTokenizer:
+    """A vocabulary as merges across characters make it: every token ends in the middle of a parrot."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        parrot = "🦜".encode()
+        pieces = [parrot[:2], parrot[2:] + parrot[:2]]
+        return b"".join(pieces[i] for i in token_ids).decode(errors="replace")
+
+
 def test_text_is_released_although_no_token_ends_with_a_character() -> None:
-    class Misaligned:
-        """A vocabulary as merges across characters make it: every token ends in the middle of a parrot."""
+    counting = CountingTokenizer(MisalignedTokenizer())
+    detokenizer = Detokenizer(counting, [0])  # type: ignore[arg-type]
+    streamed = "".join(detokenizer.add([1]).delta for _ in range(500))
+    assert streamed == "🦜" * 499  # the first completes what the prompt has shown as a replacement character
+    assert detokenizer.flush() == "\ufffd"
+    assert counting.num_decoded < 30 * 500
 
-        pieces = ("🦜".encode()[:2], "🦜".encode()[2:] + "🦜".encode()[:2])
 
-        def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-            return b"".join(self.pieces[i] for i in token_ids).decode(errors="replace")
+def test_tokens_without_text_do_not_tear_a_character_apart() -> None:
+    first, *rest = byte_tokens("🦜".encode())
+    padding = [len(BYTE_LEVEL) + 3] * 20
+    detokenizer = Detokenizer(BYTE_LEVEL, byte_tokens(b"a"))
+    assert detokenizer.add([first, *padding]).delta == ""
+    assert detokenizer.add([*rest, *byte_tokens(b"b")]).delta == "🦜b"
 
-    detokenizer, counting = Detokenizer(tokenizer := Misaligned(), [1]), CountingTokenizer(Misaligned())  # type: ignore[arg-type]
-    prompt_text = tokenizer.decode([1], skip_special_tokens=True)
-    text = "".join(detokenizer.add([1]).delta for _ in range(500)) + detokenizer.flush()
-    expected = tokenizer.decode([1] * 501, skip_special_tokens=True)[len(prompt_text) :]
-    assert text == expected
-    assert text.count("🦜") > 490
-    for _ in range(2):
-        stream(Detokenizer(counting, [1]), [1] * 500, [1])  # type: ignore[arg-type]
-    assert counting.num_decoded < 2 * 500 * 40
+
+@pytest.mark.parametrize("num_characters", [*range(1, 8), 30, 40])
+@pytest.mark.parametrize("character", ["é", "中", "🦜"])
+def test_the_prompt_may_end_with_a_run_of_bytes(character: str, num_characters: int) -> None:
+    """Bytes that are cut off from the start of their character would spoil the whole run."""
+    prompt_ids = SENTENCEPIECE_STYLE.encode(character * num_characters, add_special_tokens=False)
+    token_ids = SENTENCEPIECE_STYLE.encode(f"a{character * 5}b", add_special_tokens=False)[2:]
+    deltas = stream(Detokenizer(SENTENCEPIECE_STYLE, prompt_ids), token_ids, [1])
+    assert "".join(deltas) == f"{character * 5}b"
 
 
 @given(
@@ -142,7 +158,9 @@ def test_text_is_released_although_no_token_ends_with_a_character() -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
     cuts=st.lists(st.integers(0, 30), max_size=5),
 )
-@settings(max_examples=100, deadline=None)
+@example(text="aaab", stops=["aab"], cuts=[])
+@example(text="ab", stops=["b", "ab"], cuts=[])
+@settings(max_examples=200, deadline=None)
 def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     search, out, found = StopStrings(stops), "", None

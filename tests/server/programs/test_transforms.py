@@ -55,23 +55,24 @@ def test_html_escape_is_what_langchain_renders(text: str) -> None:
 @pytest.mark.parametrize(
     ("pointer", "expected"),
     [
-        ("", '{"a":["x",{"é":1.5}],"b/c":null,"~":true}'),
+        ("", '{"a":["x",{"é":1.5}],"b/c":null,"~":true,"~1":1}'),
         ("/a/0", "x"),
         ("/a/1", '{"é":1.5}'),
         ("/a/1/é", "1.5"),
         ("/b~1c", "null"),
         ("/~0", "true"),
+        ("/~01", "1"),
     ],
 )
 def test_json_pointer(pointer: str, expected: str) -> None:
-    document = '{"a": ["x", {"é": 1.5}], "b/c": null, "~": true}'
+    document = '{"a": ["x", {"é": 1.5}], "b/c": null, "~": true, "~1": 1}'
     assert apply("json_pointer", document, pointer=pointer) == expected
 
 
 values = st.none() | st.text(max_size=5) | st.integers()
 
 
-@given(st.recursive(values, lambda v: st.lists(v) | st.dictionaries(st.text("a~/é", max_size=3), v), max_leaves=8))
+@given(st.recursive(values, lambda v: st.lists(v) | st.dictionaries(st.text("a~/01", max_size=3), v), max_leaves=8))
 def test_json_pointer_reaches_every_value(document: Any) -> None:
     def check(value: Any, pointer: str) -> None:
         found = apply("json_pointer", text, pointer=pointer)
