@@ -33,8 +33,8 @@ from macaw.timeline import render_timeline
 
 MODEL = "macaw-demo"
 ROUND_TRIP_S = 0.05
-CHUNK_CHARACTERS, OVERLAP_CHARACTERS, MAX_CHUNKS = 900, 60, 24
-MAP_TOKENS, REDUCE_TOKENS = 32, 64
+CHUNK_CHARACTERS, OVERLAP_CHARACTERS, MAX_CHUNKS = 480, 40, 24
+MAP_TOKENS, REDUCE_TOKENS = 32, 48
 START_TIMEOUT_S = 300.0
 
 INSTRUCTIONS = """You summarise technical documents for engineers who have no time to read them.
@@ -170,9 +170,9 @@ def _run(way: Way, url: str, chunks: list[dict[str, str]]) -> Result:
 
 def _report(results: list[Result], console: Console) -> None:
     table = Table(title=f"\nThe same chain, {ROUND_TRIP_S * 1000:.0f} ms away from the server")
-    table.add_column("")
-    for column in ("requests", "seconds", "faster", "prompt tokens", "cached", "computed"):
-        table.add_column(column, justify="right")
+    table.add_column("", no_wrap=True)
+    for column in ("requests", "seconds", "faster", "prompt\ntokens", "cached\ntokens", "computed\ntokens"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             result.way.name,
@@ -193,9 +193,9 @@ def _report(results: list[Result], console: Console) -> None:
 
 def _read(doc: Path | None) -> tuple[str, str]:
     if doc is None:
-        own = Path(__file__).parents[2] / "docs" / "architecture.md"
+        own = Path(__file__).parents[2] / "docs" / "protocol.md"
         if own.is_file():
-            return "docs/architecture.md", own.read_text(encoding="utf-8")
+            return "docs/protocol.md", own.read_text(encoding="utf-8")
         return "Macaw's README", metadata("macaw")["Description"]
     try:
         return str(doc), doc.read_text(encoding="utf-8")

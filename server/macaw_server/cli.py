@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
+from typer.core import TyperGroup
 
 from macaw_server.config import ServerConfig
 from macaw_server.errors import ConfigError, StartupError
 
+
+class _Commands(TyperGroup):
+    """Own commands, and those of other packages, which load when they are called: LangChain takes seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names; a command whose extra is not installed is left out."""
+        return [*super().list_commands(ctx), *(e.name for e in _plugins() if self.get_command(ctx, e.name))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, or None."""
+        for entry in _plugins():
+            if entry.name == cmd_name:
+                plugin = typer.Typer()
+                try:
+                    plugin.command(name=cmd_name)(entry.load())
+                except ImportError:  # its extra is not installed
+                    return None
+                return typer.main.get_command(plugin)
+        return super().get_command(ctx, cmd_name)
+
+
+def _plugins() -> EntryPoints:
+    return entry_points(group="macaw.commands")
+
+
 app = typer.Typer(
     name="macaw",
+    cls=_Commands,
     help="Serve LLM applications: programs of many calls, scheduled end to end.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,11 +56,12 @@ def _root() -> None:
 
 def serve(**flags: Any) -> None:
     """Serve MODEL over HTTP: OpenAI's endpoints, and programs."""
-    from macaw_server.serve import run_server
-
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        run_server(_config(flags), console)
+        config = _config(flags)
+        from macaw_server.serve import run_server  # a wrong flag is said before this is loaded
+
+        run_server(config, console)
     except StartupError as e:
         console.print(f"[red]error:[/] {type(e).__name__}: ", e, sep="", markup=True, style=None)
         raise typer.Exit(2 if isinstance(e, ConfigError) else 1) from e
@@ -89,11 +117,6 @@ def _derive(command: Any, config: type[ServerConfig]) -> Any:
 
 
 app.command()(_derive(serve, ServerConfig))
-for _entry in entry_points(group="macaw.commands"):
-    try:
-        app.command(name=_entry.name)(_entry.load())
-    except ImportError:  # its extra is not installed
-        continue
 
 
 def main() -> None:

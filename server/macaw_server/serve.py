@@ -23,7 +23,7 @@ from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine
 from macaw_server.errors import PortInUseError
 from macaw_server.http import create_app
-from macaw_server.models.loader import DEMO_MODEL, load_tokenizer
+from macaw_server.models.loader import DEMO_MODEL, load_tokenizer, resolve
 from macaw_server.service import ProgramService, ServedModel, ServiceConfig
 
 CLOSE_CONNECTIONS_S = 5
@@ -64,13 +64,21 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def make_service(config: ServerConfig, engine: Engine) -> ProgramService:
-    """The service over one engine, which may still be loading.
+async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
+    """Start the engine, load the tokenizer meanwhile, and make the service over both.
 
     Raises:
-        ModelLoadError: The tokenizer cannot be loaded.
+        StartupError: The model cannot be served, or the tokenizer not be loaded; the engine is stopped then.
     """
-    model = ServedModel(config.model_name, load_tokenizer(config.engine()), engine, created=int(time.time()))
+    resolve(config.engine())  # a folder that is not there is said at once
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(engine.start())
+            loading = tasks.create_task(asyncio.to_thread(load_tokenizer, config.engine()))
+    except BaseExceptionGroup as e:
+        await engine.stop()
+        raise e.exceptions[0] from None
+    model = ServedModel(config.model_name, loading.result(), engine, created=int(time.time()))
     return ProgramService(
         [model],
         ServiceConfig(
@@ -114,8 +122,7 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {escape(step)}[/]")
 
         engine = EngineProcess(config.engine(), on_loading)
-        service = make_service(config, engine)
-        await engine.start()
+        service = await load_service(config, engine)
     server = _Server(
         service,
         "warning" if config.log_level == "info" else config.log_level,
@@ -237,8 +244,7 @@ class LocalServer:
     async def _main(self) -> None:
         engine = EngineThread(self.config.engine())
         try:
-            self.service = make_service(self.config, engine)
-            await engine.start()
+            self.service = await load_service(self.config, engine)
         except BaseException as e:
             self._failure = e
             self._ready.set()

@@ -47,7 +47,8 @@ def long_program(max_tokens: int = 400) -> ProgramRequest:
 
 
 def engine_of(server: subprocess.Popen[str]) -> psutil.Process:
-    return next(c for c in psutil.Process(server.pid).children() if "spawn_main" in " ".join(c.cmdline()))
+    children = [c for c in psutil.Process(server.pid).children() if c.status() != psutil.STATUS_ZOMBIE]
+    return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
 
 
 @pytest.mark.slow

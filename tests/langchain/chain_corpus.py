@@ -95,9 +95,7 @@ def history(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 
 def message_list(llm: ChatMacaw) -> Runnable[Any, Any]:
-    second = ChatPromptTemplate.from_messages(
-        [("human", "Ask."), MessagesPlaceholder("said"), ("human", "Go on.")]
-    )
+    second = ChatPromptTemplate.from_messages([("human", "Ask."), MessagesPlaceholder("said"), ("human", "Go on.")])
     return {"said": (chat("Say {word}") | llm).map()} | second | llm | TEXT
 
 
@@ -129,13 +127,7 @@ def partials(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 def bound(llm: ChatMacaw) -> Runnable[Any, Any]:
     first = chat("Short: {topic}") | llm.bind(stop=["END"], max_tokens=4, top_k=5)
-    return (
-        first.with_config(run_name="first", tags=["t"])
-        | TEXT
-        | chat("Long: {x}")
-        | llm.bind(temperature=0.7)
-        | TEXT
-    )
+    return first.with_config(run_name="first", tags=["t"]) | TEXT | chat("Long: {x}") | llm.bind(temperature=0.7) | TEXT
 
 
 def escaped(llm: ChatMacaw) -> Runnable[Any, Any]:
@@ -149,15 +141,8 @@ def mustache_sections(llm: ChatMacaw) -> Runnable[Any, Any]:
 
 
 def jinja2_conditions(llm: ChatMacaw) -> Runnable[Any, Any]:
-    template = (
-        "{% if draft %}Improve {{ draft }}{% else %}Nothing{% endif %} {{ 'x' ~ draft }} {{ topic | upper }}"
-    )
-    return (
-        RunnablePassthrough.assign(draft=chat("Draft: {topic}") | llm | TEXT)
-        | chat(template, "jinja2")
-        | llm
-        | TEXT
-    )
+    template = "{% if draft %}Improve {{ draft }}{% else %}Nothing{% endif %} {{ 'x' ~ draft }} {{ topic | upper }}"
+    return RunnablePassthrough.assign(draft=chat("Draft: {topic}") | llm | TEXT) | chat(template, "jinja2") | llm | TEXT
 
 
 def duplicates(llm: ChatMacaw) -> Runnable[Any, Any]:
@@ -183,22 +168,11 @@ def nested_map(llm: ChatMacaw) -> Runnable[Any, Any]:
         | llm
         | TEXT
     )
-    return (
-        inner.map()
-        | {"all": RunnablePassthrough()}
-        | chat("{% for a in all %}{{a}}|{% endfor %}", "jinja2")
-        | llm
-    )
+    return inner.map() | {"all": RunnablePassthrough()} | chat("{% for a in all %}{{a}}|{% endfor %}", "jinja2") | llm
 
 
 def string_prompt(llm: ChatMacaw) -> Runnable[Any, Any]:
-    return (
-        PromptTemplate.from_template("Plain {x}")
-        | llm
-        | TEXT
-        | PromptTemplate.from_template("Again {x!s}")
-        | llm
-    )
+    return PromptTemplate.from_template("Plain {x}") | llm | TEXT | PromptTemplate.from_template("Again {x!s}") | llm
 
 
 def one_prompt_two_models(llm: ChatMacaw) -> Runnable[Any, Any]:

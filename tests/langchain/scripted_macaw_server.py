@@ -192,9 +192,7 @@ class ScriptedServer:
             self.recorder.cancelled.append(program_id)
             self.recorder.cancellation.set()
 
-    async def run(
-        self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]
-    ) -> None:
+    async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
         loop = asyncio.get_running_loop()
         names = [c.output for c in program.calls] + [t.output for t in program.transforms]
@@ -205,8 +203,7 @@ class ScriptedServer:
             try:
                 known = {name: await values[name] for name in call.inputs}
                 messages = [
-                    message.model_copy(update={"content": render(message, known)})
-                    for message in call.request.messages
+                    message.model_copy(update={"content": render(message, known)}) for message in call.request.messages
                 ]
                 async with limit:
                     if text_of(messages[-1]).endswith("HOLD"):
@@ -259,17 +256,13 @@ class ScriptedServer:
                 end = ProgramCompleted(**common, critical_path=[])
         except asyncio.CancelledError:
             error = ErrorBody(**CancelledError("The program was cancelled by its client.").to_wire())
-            end = ProgramFailed(
-                program_id=program_id, variables={}, totals=Totals(), duration_ms=1.0, error=error
-            )
+            end = ProgramFailed(program_id=program_id, variables={}, totals=Totals(), duration_ms=1.0, error=error)
         events.put_nowait(end)
         events.put_nowait(None)
 
 
 def render(message: Any, known: dict[str, str]) -> str:
-    return "".join(
-        part.text if isinstance(part, TextPart) else known[part.variable] for part in message.parts
-    )
+    return "".join(part.text if isinstance(part, TextPart) else known[part.variable] for part in message.parts)
 
 
 def failure(error: MacawError) -> Response:
@@ -279,9 +272,7 @@ def failure(error: MacawError) -> Response:
 @contextmanager
 def serving(recorder: Recorder) -> Iterator[str]:
     """Serve on a free local port; the value is the base URL."""
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as listener:  # listens before the server does: nothing to wait for
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # listens before the server does: nothing to wait for
         config = uvicorn.Config(ScriptedServer(recorder).app, log_level="warning", ws="none", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

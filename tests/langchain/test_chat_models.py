@@ -124,9 +124,7 @@ def test_replayed_message_is_the_native_one(way: str, llm: ChatMacaw, recorder: 
     def messages(runnable: Any) -> list[AIMessage]:
         answers = [runnable.invoke("hi")] if way == "invoke" else list(runnable.stream("hi"))
         return [
-            answer.model_copy(
-                update={"id": None, "response_metadata": {**answer.response_metadata, "id": None}}
-            )
+            answer.model_copy(update={"id": None, "response_metadata": {**answer.response_metadata, "id": None}})
             for answer in answers
         ]
 

@@ -142,9 +142,7 @@ def test_program_of_a_map_reduce(llm: ChatMacaw, recorder: Recorder) -> None:
     assert not program.transforms
 
 
-def test_targets_are_what_comes_out_and_what_client_steps_wait_for(
-    llm: ChatMacaw, recorder: Recorder
-) -> None:
+def test_targets_are_what_comes_out_and_what_client_steps_wait_for(llm: ChatMacaw, recorder: Recorder) -> None:
     draft = RunnablePassthrough.assign(draft=chat("Draft {x}") | llm | TEXT)
     compile(
         draft
@@ -183,9 +181,7 @@ def test_other_server_is_not_part_of_the_program(llm: ChatMacaw, recorder: Recor
     assert recorder.requests == {"program": 1, "chat": 1}
 
 
-@pytest.mark.parametrize(
-    "payload", [{"tools": [{}]}, {"extra_headers": {"a": "b"}}, {"reasoning_effort": "low"}]
-)
+@pytest.mark.parametrize("payload", [{"tools": [{}]}, {"extra_headers": {"a": "b"}}, {"reasoning_effort": "low"}])
 def test_request_that_the_protocol_does_not_have_is_not_planned(
     payload: dict[str, Any], llm: ChatMacaw, recorder: Recorder
 ) -> None:
@@ -202,9 +198,7 @@ def test_compiled_inside_compiled_is_one_program(llm: ChatMacaw, recorder: Recor
 
 def test_compiled_inside_a_client_step_has_its_own_program(llm: ChatMacaw, recorder: Recorder) -> None:
     inner = compile(chat("Inner {x}") | llm | TEXT)
-    compile(chat("Outer {x}") | llm | TEXT | RunnableLambda(lambda text: inner.invoke({"x": text}))).invoke(
-        {"x": "1"}
-    )
+    compile(chat("Outer {x}") | llm | TEXT | RunnableLambda(lambda text: inner.invoke({"x": text}))).invoke({"x": "1"})
     assert recorder.requests == {"program": 2}
 
 
@@ -220,14 +214,7 @@ def test_answer_in_langchains_cache_is_not_asked_for(server_url: str, recorder: 
 def test_empty_answer_is_a_miss_not_a_different_result(llm: ChatMacaw, recorder: Recorder) -> None:
     """Templates are rendered for answers that say something."""
     silent = llm.bind(stop=[" ", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "a", "b", "c", "d", "e"])
-    chain = (
-        chat("{x}")
-        | silent
-        | TEXT
-        | chat("{% if y %}Yes {{ y }}{% else %}No{% endif %}", "jinja2")
-        | llm
-        | TEXT
-    )
+    chain = chat("{x}") | silent | TEXT | chat("{% if y %}Yes {{ y }}{% else %}No{% endif %}", "jinja2") | llm | TEXT
     expected = chain.invoke({"x": "1"})
     recorder.clear()
     assert compile(chain).invoke({"x": "1"}) == expected
@@ -238,9 +225,7 @@ def test_empty_answer_is_a_miss_not_a_different_result(llm: ChatMacaw, recorder:
 
 
 @pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream"])
-async def test_failed_call_raises_what_it_raises_natively(
-    way: str, llm: ChatMacaw, recorder: Recorder
-) -> None:
+async def test_failed_call_raises_what_it_raises_natively(way: str, llm: ChatMacaw, recorder: Recorder) -> None:
     chain = RunnableParallel(a=chat("{x} TOOLONG") | llm, b=chat("{x}") | llm) | chat("{a}{b}") | llm
 
     async def start(chain: Runnable[Any, Any]) -> None:
@@ -271,9 +256,7 @@ async def test_failed_call_raises_what_it_raises_natively(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_batch_returns_exceptions_in_place(
-    asynchronous: bool, llm: ChatMacaw, recorder: Recorder
-) -> None:
+async def test_batch_returns_exceptions_in_place(asynchronous: bool, llm: ChatMacaw, recorder: Recorder) -> None:
     chain = compile(chat("Ask {x}") | llm | TEXT | chat("Then {y}") | llm | TEXT)
     inputs = [{"x": "1"}, {"x": "TOOLONG"}, {"no": "x"}, {"x": "3"}]
     if asynchronous:
@@ -286,22 +269,14 @@ async def test_batch_returns_exceptions_in_place(
     assert recorder.prompts.total() == 5
 
 
-def test_failure_that_openai_retries_is_retried_by_an_ordinary_request(
-    llm: ChatMacaw, recorder: Recorder
-) -> None:
+def test_failure_that_openai_retries_is_retried_by_an_ordinary_request(llm: ChatMacaw, recorder: Recorder) -> None:
     assert compile(chat("{x} FLAKY") | llm | TEXT).invoke({"x": "1"})
     assert recorder.requests == {"program": 1, "chat": 1}
 
 
 def test_fallback_runs_natively_when_the_planned_call_fails(server_url: str, recorder: Recorder) -> None:
     llm = ChatMacaw(model="m", base_url=server_url, max_retries=0)
-    chain = (
-        (chat("{x} FLAKY") | llm).with_fallbacks([chat("Instead {x}") | llm])
-        | TEXT
-        | chat("Then {y}")
-        | llm
-        | TEXT
-    )
+    chain = (chat("{x} FLAKY") | llm).with_fallbacks([chat("Instead {x}") | llm]) | TEXT | chat("Then {y}") | llm | TEXT
     expected = chain.invoke({"x": "1"})
     recorder.clear()
     assert compile(chain).invoke({"x": "1"}) == expected

@@ -52,9 +52,7 @@ async def once(value: Any) -> AsyncIterator[Any]:
 async def events(chain: Runnable[Any, Any], value: Any) -> Any:
     """Events by their kind, name and data."""
     seen = [event async for event in chain.astream_events(value, version="v2")]
-    return counted(
-        [comparable([event["event"], event["name"], event["tags"], event["data"]]) for event in seen]
-    )
+    return counted([comparable([event["event"], event["name"], event["tags"], event["data"]]) for event in seen])
 
 
 async def joined(chunks: AsyncIterator[Any]) -> Any:

@@ -14,9 +14,7 @@ from langchain_macaw.templates import Text, request_template
 from macaw.protocol import TextPart, VariablePart
 
 
-def lowered(
-    template: str, template_format: Any, values: dict[str, Any]
-) -> tuple[TextPart | VariablePart, ...]:
+def lowered(template: str, template_format: Any, values: dict[str, Any]) -> tuple[TextPart | VariablePart, ...]:
     """The parts of a prompt that is made of `template`."""
     prompt = PromptTemplate.from_template(template, template_format=template_format)
 
@@ -84,9 +82,7 @@ def test_read_text_is_refused(template_format: str, template: str) -> None:
 
 @given(text=st.text())
 def test_escape_is_mustaches(text: str) -> None:
-    assert mustache_escape(text) == PromptTemplate.from_template("{{x}}", template_format="mustache").format(
-        x=text
-    )
+    assert mustache_escape(text) == PromptTemplate.from_template("{{x}}", template_format="mustache").format(x=text)
 
 
 NAMES = ["a", "b", "c"]
@@ -97,10 +93,7 @@ PIECE = st.one_of(st.sampled_from(NAMES).map(Variable), st.text())
 def test_parts_give_what_the_template_gives(pieces: list[Any], values: dict[str, str]) -> None:
     """Whatever the constant text is, filling the parts in is formatting with the values."""
     prompt = PromptTemplate.from_template(
-        "".join(
-            f"{{{p.name}}}" if isinstance(p, Variable) else p.replace("{", "{{").replace("}", "}}")
-            for p in pieces
-        )
+        "".join(f"{{{p.name}}}" if isinstance(p, Variable) else p.replace("{", "{{").replace("}", "}}") for p in pieces)
     )
 
     def payload(stand_ins: StandIns) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from macaw_server.engine.core import EngineCore
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+
+if TYPE_CHECKING:  # the HTTP side speaks these messages too, and has no use for torch
+    from macaw_server.engine.core import EngineCore
 
 log = logging.getLogger(__name__)
 

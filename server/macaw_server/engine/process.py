@@ -222,6 +222,8 @@ class EngineProcess:
             return
         self._answer_stats()
         pipe.close()
+        if self._process is not None:
+            self._process.join(0)  # reaps it
         self._table.crashed(MAX_CRASHES_PER_REQUEST)
         if self._status == "starting":
             self._give_up(ModelLoadError(f"The engine process died while loading {self._config.model}."))
@@ -236,10 +238,10 @@ class EngineProcess:
         self._spawn()
 
     def _give_up(self, error: Exception) -> None:
-        self._status = "failed"
+        starting, self._status = self._status == "starting", "failed"
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
-        else:
+        elif not starting:
             log.error("the engine is given up: %s", error)
         self._table.fail_all(f"the engine is given up: {error}")
 

@@ -6,13 +6,15 @@ import asyncio
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from macaw_server.config import EngineConfig
-from macaw_server.engine.core import EngineCore
 from macaw_server.engine.inflight import InflightTable, OnOutput
 from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, Outbound, Outputs, Stats, Stop, run_loop
 from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+
+if TYPE_CHECKING:
+    from macaw_server.engine.core import EngineCore
 
 T = TypeVar("T")
 
@@ -50,6 +52,8 @@ class EngineThread:
 
     async def start(self) -> None:
         """Load the model in a thread, then work in another."""
+        from macaw_server.engine.core import EngineCore  # here and not above: it brings torch
+
         self._status = "starting"
         try:
             core = await asyncio.to_thread(EngineCore, self._config, self._on_loading)

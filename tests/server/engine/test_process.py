@@ -107,6 +107,7 @@ async def test_kill_9_is_a_delay_and_not_an_error(expected: dict[str, list[int]]
         assert (await collector.end("later")).finish_reason == "length"
 
 
+@pytest.mark.slow
 async def test_a_request_that_is_there_at_every_crash_fails_and_others_go_on() -> None:
     engine = EngineProcess(CONFIG)
     async with running(engine) as collector:

@@ -1,0 +1,107 @@
+"""The engine core when a step goes wrong: who is told, and who goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from macaw_server.config import EngineConfig
+from macaw_server.engine.core import EngineCore
+from macaw_server.engine.types import EngineOutput, EngineRequest, SamplingParams
+
+
+def request(name: str, *prompt: int, num_tokens: int = 12) -> EngineRequest:
+    return EngineRequest(name, list(prompt), SamplingParams(max_tokens=num_tokens, temperature=0))
+
+
+def finish(core: EngineCore) -> dict[str, list[EngineOutput]]:
+    outputs: dict[str, list[EngineOutput]] = {}
+    while core.has_work:
+        for output in core.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.fixture
+def core() -> EngineCore:
+    return EngineCore(EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=2))
+
+
+def broken_at(step: int, run: Callable[[Any], torch.Tensor], how: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`run`, whose result in one step goes through `how`."""
+    count = 0
+
+    def broken(chunks: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        logits = run(chunks)
+        return how(logits) if count == step else logits
+
+    return broken
+
+
+def out_of_memory(logits: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of memory")
+
+
+def test_a_failed_step_ends_its_requests_and_no_others(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert core.add(request("alone", 9, 10, 11)) is None
+    expected = tokens(finish(core)["alone"])
+
+    monkeypatch.setattr(core._runner, "run", broken_at(3, core._runner.run, out_of_memory))
+    for name in ("first", "second", "waits"):  # two fit into a batch
+        assert core.add(request(name, *((9, 10, 11) if name == "waits" else (5, 6)))) is None
+    outputs = finish(core)
+    for name in ("first", "second"):
+        assert outputs[name][-1].error == ("internal_error", "The engine's step failed: RuntimeError: out of memory")
+        assert len(tokens(outputs[name])) == 2
+    assert tokens(outputs["waits"]) == expected
+    assert outputs["waits"][-1].finish_reason == "length"
+    assert core.stats().pages_used == 0
+
+
+def test_logits_that_are_no_numbers_fail_one_request(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(logits: torch.Tensor) -> torch.Tensor:
+        logits[0, 5] = torch.nan
+        return logits
+
+    with torch.inference_mode():
+        monkeypatch.setattr(core._runner, "run", broken_at(4, core._runner.run, torch.inference_mode()(spoil)))
+    for name, prompt in (("sick", 5), ("sound", 6)):
+        assert core.add(request(name, prompt)) is None
+    outputs = finish(core)
+    assert outputs["sick"][-1].error is not None
+    assert "not numbers" in outputs["sick"][-1].error[1]
+    assert (len(tokens(outputs["sick"])), len(tokens(outputs["sound"]))) == (3, 12)
+    assert core.stats().pages_used == 0
+
+
+def test_a_request_taken_up_again_goes_on_as_it_would_have(core: EngineCore) -> None:
+    whole = EngineRequest("whole", [5, 6, 7], SamplingParams(max_tokens=12, seed=11))
+    assert core.add(whole) is None
+    expected = tokens(finish(core)["whole"])
+    for done in (1, 5, 11):
+        again = EngineRequest(f"again-{done}", [5, 6, 7], whole.sampling, output_ids=expected[:done])
+        assert core.add(again) is None
+        assert tokens(finish(core)[f"again-{done}"]) == expected[done:]
+    over = core.add(EngineRequest("over", [5, 6, 7], whole.sampling, output_ids=expected))
+    assert over is not None
+    assert over.finish_reason == "length"
+
+
+def test_stats_count_the_prompts(core: EngineCore) -> None:
+    prompt = tuple(range(3, 43))
+    for name in ("one", "two"):
+        assert core.add(request(name, *prompt, num_tokens=2)) is None
+        finish(core)
+    stats = core.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.computed_tokens) == (80, 32, 48)
+    assert stats.output_tokens == 4
+    assert stats.steps == 4
