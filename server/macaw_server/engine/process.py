@@ -13,25 +13,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
-from typing import Literal
 
 from macaw_server.config import EngineConfig
-from macaw_server.engine.inflight import InflightTable, OnOutput
-from macaw_server.engine.loop import (
-    Abort,
-    Add,
-    GetStats,
-    Inbound,
-    LoadFailed,
-    Loading,
-    Outbound,
-    Outputs,
-    Ready,
-    Stats,
-    Stop,
-    run_loop,
-)
-from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+from macaw_server.engine.handle import EngineHandle
+from macaw_server.engine.loop import Add, Inbound, LoadFailed, Loading, Outbound, Outputs, Ready, Stop, run_loop
+from macaw_server.engine.types import EngineInfo, EngineStats
 from macaw_server.errors import ModelLoadError, StartupError
 
 log = logging.getLogger(__name__)
@@ -76,39 +62,16 @@ def _worker(config: EngineConfig, pipe: Connection) -> None:
     run_loop(core, inbox, pipe.send)
 
 
-class EngineProcess:
-    """An `Engine` in a supervised process.
-
-    Args:
-        config: What to load and how.
-        on_loading: Told what the engine is busy with while it loads.
-    """
+class EngineProcess(EngineHandle):
+    """An `Engine` in a supervised process; see `EngineHandle`."""
 
     def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
-        self._config = config
-        self._on_loading = on_loading
-        self._table = InflightTable()
-        self._info: EngineInfo | None = None
-        self._status: Literal["starting", "running", "restarting", "failed", "stopped"] = "stopped"
+        super().__init__(config, on_loading)
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._stats = EngineStats()
-        self._asked: list[asyncio.Future[EngineStats]] = []
         self._restarts = 0
         self._deaths_in_a_row = 0
-
-    @property
-    def info(self) -> EngineInfo:
-        """Facts of the loaded model."""
-        if self._info is None:
-            raise RuntimeError("the engine has not started")
-        return self._info
-
-    @property
-    def status(self) -> Literal["starting", "running", "restarting", "failed", "stopped"]:
-        """Whether requests are being worked on."""
-        return self._status
 
     @property
     def pid(self) -> int | None:
@@ -135,30 +98,11 @@ class EngineProcess:
             self._pipe.close()
         self._answer_stats()
 
-    def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
-        """Queue a request; while the engine restarts it waits here."""
-        self._table.add(request, on_output)
-        if self._status == "running":
-            self._send(Add(request))
-        elif self._status in ("failed", "stopped"):
-            message = "the engine is gone; see the server's log"
-            asyncio.get_running_loop().call_soon(self._table.fail, request.request_id, message)
-
-    def abort(self, request_id: str) -> None:
-        """Forget a request."""
-        if self._table.remove(request_id) and self._status == "running":
-            self._send(Abort(request_id))
-
     async def stats(self) -> EngineStats:
-        """The engine's counters; the last ones known while it is not running."""
-        if self._status == "running":
-            self._asked.append(asyncio.get_running_loop().create_future())
-            self._send(GetStats())
-            self._stats = await self._asked[-1]
-        self._stats.restarts = self._restarts
-        return self._stats
-
-    # -----------------------------------------------------------------------------------------------------------------
+        """The engine's counters since it was last started, and how often that was."""
+        stats = await super().stats()
+        stats.restarts = self._restarts
+        return stats
 
     def _spawn(self) -> None:
         # Threads that spin while they wait for each other starve on a core that the HTTP side needs too; OpenMP
@@ -194,17 +138,16 @@ class EngineProcess:
 
     def _on_message(self, message: Outbound) -> None:
         match message:
-            case Outputs(outputs):
-                self._deaths_in_a_row = 0
-                self._table.deliver(outputs)
-            case Stats(stats):
-                self._answer_stats(stats)
             case Loading(step):
                 self._on_loading(step)
             case Ready(info):
                 self._on_ready(info)
             case LoadFailed(error):
                 self._give_up(error)
+            case _:
+                if isinstance(message, Outputs):
+                    self._deaths_in_a_row = 0
+                super()._on_message(message)
 
     def _on_ready(self, info: EngineInfo) -> None:
         self._info = info
@@ -244,9 +187,3 @@ class EngineProcess:
         elif not starting:
             log.error("the engine is given up: %s", error)
         self._table.fail_all(f"the engine is given up: {error}")
-
-    def _answer_stats(self, stats: EngineStats | None = None) -> None:
-        asked, self._asked = self._asked, []
-        for future in asked:
-            if not future.done():
-                future.set_result(stats or self._stats)

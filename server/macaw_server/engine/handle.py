@@ -1,0 +1,93 @@
+"""What the server holds of an engine, wherever that runs: its requests, its status, its counters."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+from macaw_server.config import EngineConfig
+from macaw_server.engine.inflight import InflightTable, OnOutput
+from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, Outbound, Outputs, Stats
+from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+
+Status = Literal["starting", "running", "restarting", "failed", "stopped"]
+
+
+class EngineHandle(ABC):
+    """The server's side of an `Engine`: a subclass starts and stops it, and carries the messages.
+
+    Args:
+        config: What to load and how.
+        on_loading: Told what the engine is busy with while it loads.
+    """
+
+    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
+        self._config = config
+        self._on_loading = on_loading
+        self._table = InflightTable()
+        self._info: EngineInfo | None = None
+        self._status: Status = "stopped"
+        self._stats = EngineStats()
+        self._asked: list[asyncio.Future[EngineStats]] = []
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Load the model; returns when requests are being worked on. Raises `StartupError`."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Stop for good."""
+
+    @abstractmethod
+    def _send(self, message: Inbound) -> None:
+        """Carry a message to the running engine."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model."""
+        if self._info is None:
+            raise RuntimeError("the engine has not started")
+        return self._info
+
+    @property
+    def status(self) -> Status:
+        """Whether requests are being worked on."""
+        return self._status
+
+    def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
+        """Queue a request; while the engine restarts it waits here."""
+        self._table.add(request, on_output)
+        if self._status == "running":
+            self._send(Add(request))
+        elif self._status in ("failed", "stopped"):
+            message = "the engine is gone; see the server's log"
+            asyncio.get_running_loop().call_soon(self._table.fail, request.request_id, message)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request."""
+        if self._table.remove(request_id) and self._status == "running":
+            self._send(Abort(request_id))
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters; the last ones known while it is not running."""
+        if self._status == "running":
+            self._asked.append(asyncio.get_running_loop().create_future())
+            self._send(GetStats())
+            self._stats = await self._asked[-1]
+        return self._stats
+
+    def _on_message(self, message: Outbound) -> None:
+        match message:
+            case Outputs(outputs):
+                self._table.deliver(outputs)
+            case Stats(stats):
+                self._answer_stats(stats)
+
+    def _answer_stats(self, stats: EngineStats | None = None) -> None:
+        """Answer everybody who asked, with the last known counters if the engine will not."""
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_result(stats or self._stats)
