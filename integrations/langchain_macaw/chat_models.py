@@ -76,8 +76,7 @@ class ChatMacaw(BaseChatOpenAI):
         """Macaw has no responses API."""
         if self.use_responses_api or self.output_version == "responses/v1":
             raise ValueError(
-                "ChatMacaw speaks /v1/chat/completions. "
-                "Leave out use_responses_api and output_version='responses/v1'."
+                "ChatMacaw speaks /v1/chat/completions. Leave out use_responses_api and output_version='responses/v1'."
             )
         self.use_responses_api = False
         return self

@@ -73,9 +73,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):  # type: ignore[no-rede
     ) -> list[Output]:
         """As `bound.batch`; all inputs are one program."""
         with self._running(inputs, config, kwargs) as run:
-            return run.context.run(
-                self.bound.batch, inputs, config, return_exceptions=return_exceptions, **kwargs
-            )
+            return run.context.run(self.bound.batch, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
         self,
@@ -125,9 +123,7 @@ class CompiledChain(RunnableBindingBase[Input, Output]):  # type: ignore[no-rede
         with self._running([input], config, kwargs, streaming=True) as run:
             yield from run.iterate(self.bound.stream(input, config, **kwargs))
 
-    async def astream(
-        self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Output]:
+    async def astream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Output]:
         """As `bound.astream`."""
         async with self._arunning([input], config, kwargs, streaming=True) as run:
             outputs = self.bound.astream(input, config, **kwargs)

@@ -69,9 +69,7 @@ class ReplayingCompletions:
         _raise_failure(first, self._client)
         return closing(self._chunks(replay, first, payload)) if payload.get("stream") else _completion(first)
 
-    def _chunks(
-        self, replay: Replay, event: CallEvent | None, payload: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
+    def _chunks(self, replay: Replay, event: CallEvent | None, payload: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while isinstance(event, CallDelta):
             yield from _chunk(event)
             event = replay.next().result()

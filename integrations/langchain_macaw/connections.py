@@ -54,9 +54,7 @@ class PerLoopTransport(httpx.AsyncBaseTransport):
 @functools.cache
 def shared_client() -> httpx.Client:
     """The client of models that were given none. Proxy variables of the environment are not read."""
-    client = httpx.Client(
-        transport=httpx.HTTPTransport(limits=LIMITS), timeout=TIMEOUT, follow_redirects=True
-    )
+    client = httpx.Client(transport=httpx.HTTPTransport(limits=LIMITS), timeout=TIMEOUT, follow_redirects=True)
     atexit.register(client.close)
     return client
 

@@ -102,9 +102,7 @@ class Lowering:
         self.model = self.model or model
         return Answer(Variable(output))
 
-    def plan(
-        self, results: Sequence[Any], *, max_concurrency: int | None, metadata: dict[str, str]
-    ) -> Plan | None:
+    def plan(self, results: Sequence[Any], *, max_concurrency: int | None, metadata: dict[str, str]) -> Plan | None:
         """The program that was collected; None if no call is known ahead.
 
         Args:

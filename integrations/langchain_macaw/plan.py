@@ -32,9 +32,7 @@ CallEvent = CallDelta | CallCompleted | CallFailed
 
 _ABANDONED = CallFailed(
     call_id="abandoned",
-    error=ErrorBody(
-        **CancelledError("The chain's run was abandoned before this answer was there.").to_wire()
-    ),
+    error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
     timings=CallTimings(),
 )
 

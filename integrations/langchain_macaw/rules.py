@@ -106,9 +106,7 @@ def _configurable(lowering: Lowering, dynamic: DynamicRunnable[Any, Any], value:
 
 
 @rule(RunnableWithFallbacks)
-def _with_fallbacks(
-    lowering: Lowering, runnable: RunnableWithFallbacks[Any, Any], value: Any, scope: Scope
-) -> Any:
+def _with_fallbacks(lowering: Lowering, runnable: RunnableWithFallbacks[Any, Any], value: Any, scope: Scope) -> Any:
     """The first choice is planned; a fallback runs natively."""
     return lowering.lower(runnable.runnable, value, scope)
 
@@ -206,9 +204,7 @@ def _cached_answer(model: ChatMacaw, value: Any, kwargs: Mapping[str, Any]) -> B
     cache = model.cache if isinstance(model.cache, BaseCache) else get_llm_cache()
     if cache is None or model.cache is False:
         return None
-    messages = [
-        message.model_copy(update={"id": None}) for message in model._convert_input(value).to_messages()
-    ]
+    messages = [message.model_copy(update={"id": None}) for message in model._convert_input(value).to_messages()]
     stop, rest = kwargs.get("stop"), {name: arg for name, arg in kwargs.items() if name != "stop"}
     generations = cache.lookup(dumps(messages), model._get_llm_string(stop=stop, **rest))
     return cast("ChatGeneration", generations[0]).message if generations else None

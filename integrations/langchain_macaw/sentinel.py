@@ -110,11 +110,7 @@ class StandIn(str):
 
     def replace(self, old: str, new: str, count: Any = -1) -> StandIn:
         """Mustache escapes by four replacements in a row; that whole row is a transform, nothing else is."""
-        if (
-            self.escapes == len(MUSTACHE_ESCAPES)
-            or (old, new) != MUSTACHE_ESCAPES[self.escapes]
-            or count != -1
-        ):
+        if self.escapes == len(MUSTACHE_ESCAPES) or (old, new) != MUSTACHE_ESCAPES[self.escapes] or count != -1:
             _refuse("replace")
         return StandIn(self.nonce, self.name, self.escapes + 1)
 
@@ -215,9 +211,7 @@ class StandIns:
         """
         pieces = self._pattern.split(text)
         parts: list[TextPart | VariablePart] = []
-        for constant, name, escapes in zip(
-            pieces[0::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True
-        ):
+        for constant, name, escapes in zip(pieces[0::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
             if constant:
                 parts.append(TextPart(text=constant))
             if name:

@@ -21,9 +21,7 @@ class Text:
 
     def with_values(self, values: Mapping[str, str]) -> str:
         """The text once its variables are known."""
-        return "".join(
-            part.text if isinstance(part, TextPart) else values[part.variable] for part in self.parts
-        )
+        return "".join(part.text if isinstance(part, TextPart) else values[part.variable] for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -56,9 +54,7 @@ class RequestTemplate:
         # By way of JSON: the types are then those of the wire, such as string keys in logit_bias.
         if not self.variables and all(isinstance(m.get("content"), str) for m in self.body["messages"]):
             return ChatCompletionRequest.model_validate_json(self.key({}))
-        messages = [
-            {**message, "content": _parts(message.get("content"))} for message in self.body["messages"]
-        ]
+        messages = [{**message, "content": _parts(message.get("content"))} for message in self.body["messages"]]
         body = {**self.body, "messages": messages}
         text = _canonical(body, lambda text: [part.model_dump() for part in text.parts])
         return ChatCompletionRequest.model_validate_json(text)
