@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from openai import OpenAI
 
 from macaw import MacawClient, MacawError, ProgramBuilder
 from macaw.protocol import CallDelta, ProgramRequest
@@ -79,6 +80,14 @@ def test_start_up_output_and_sigterm_lets_programs_end() -> None:
             url,
         ):
             assert words in text, text
+        with OpenAI(base_url=f"{url}/v1", api_key="k1") as api:
+            messages = [{"role": "user", "content": "hello"}]
+            whole = api.chat.completions.create(model="macaw-demo", messages=messages, max_tokens=8, temperature=0)
+            parts = api.chat.completions.create(
+                model="macaw-demo", messages=messages, max_tokens=8, temperature=0, stream=True
+            )
+            text = "".join(part.choices[0].delta.content or "" for part in parts)
+            assert text == whole.choices[0].message.content
         with MacawClient(url, "k1") as client, client.stream_program(long_program(200)) as stream:
             assert stream.program_id
             engine = engine_of(process)
