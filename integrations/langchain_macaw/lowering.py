@@ -106,9 +106,8 @@ class Lowering:
         """The program that was collected; None if no call is known ahead.
 
         Args:
-            results: What `lower` gave for each input. The program's targets are the answers in there, and
-            those that
-                no other call reads: client steps wait for them.
+            results: What `lower` gave for each input. The program's targets are the answers in there, and those
+                that no other call reads: client steps wait for them.
             max_concurrency: LangChain's limit on calls at the same time.
             metadata: Labels for the program.
         """
