@@ -197,6 +197,10 @@ class LocalServer:
 
     Args:
         config: Fields of `ServerConfig`; `host` and `port` default to a free port of 127.0.0.1.
+
+    Attributes:
+        service: The programs; belongs to `loop`.
+        loop: The server's event loop, which runs in a thread of its own.
     """
 
     def __init__(self, **config: Any) -> None:
@@ -234,8 +238,8 @@ class LocalServer:
 
     def stop(self) -> None:
         """Cancel what runs, and stop."""
-        if self.loop is not None and self._server is not None and self._thread is not None:
-            self.loop.call_soon_threadsafe(setattr, self._server, "should_exit", True)
+        if self.loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._end(), self.loop)
             self._thread.join()
         if self._socket is not None:
             self._socket.close()
@@ -250,13 +254,16 @@ class LocalServer:
             self._ready.set()
             return
         assert self._socket is not None
-        self.loop, self._server = (
-            asyncio.get_running_loop(),
-            _Server(self.service, "warning", self._ready.set),
-        )
+        self.loop = asyncio.get_running_loop()
+        self._server = _Server(self.service, "warning", on_started=self._ready.set)
         await self._server.serve(sockets=[self._socket])
-        await self.service.close()
         await engine.stop()
+
+    async def _end(self) -> None:
+        assert self.service is not None
+        assert self._server is not None
+        await self.service.close()  # ends the programs, and with them the streams that uvicorn would wait for
+        self._server.should_exit = True
 
     def __enter__(self) -> Self:
         return self.start()
