@@ -206,7 +206,7 @@ def _read(doc: Path | None) -> tuple[str, str]:
 @contextmanager
 def _server(api_keys: list[str]) -> Iterator[str]:
     """A `macaw serve` of its own on a free port; stopped in the end, come what may."""
-    command = [sys.executable, "-m", "macaw_server.cli", "serve", MODEL, "--port", "0", "--dtype", "float32"]
+    command = [sys.executable, "-m", "macaw_server", "serve", MODEL, "--port", "0", "--dtype", "float32"]
     for key in dict.fromkeys(api_keys):
         command += ["--api-key", key]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

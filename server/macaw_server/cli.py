@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
@@ -20,24 +20,34 @@ class _Commands(TyperGroup):
     """Own commands, and those of other packages, which load when they are called: LangChain takes seconds."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All names; a command whose extra is not installed is left out."""
-        return [*super().list_commands(ctx), *(e.name for e in _plugins() if self.get_command(ctx, e.name))]
+        """All names."""
+        return [*super().list_commands(ctx), *(entry.name for entry in _plugins())]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of this name, or None."""
         for entry in _plugins():
             if entry.name == cmd_name:
-                plugin = typer.Typer()
-                try:
-                    plugin.command(name=cmd_name)(entry.load())
-                except ImportError:  # its extra is not installed
-                    return None
-                return typer.main.get_command(plugin)
+                return _load(entry)
         return super().get_command(ctx, cmd_name)
 
 
 def _plugins() -> EntryPoints:
     return entry_points(group="macaw.commands")
+
+
+def _load(entry: EntryPoint) -> Any:
+    plugin = typer.Typer(add_completion=False)
+    try:
+        plugin.command(name=entry.name)(entry.load())
+    except ModuleNotFoundError as e:
+        package = e.name
+
+        @plugin.command(name=entry.name, help=f"Not installed: it needs the package {package}.")
+        def missing() -> None:
+            typer.echo(f"error: `macaw {entry.name}` needs the package {package}: pip install 'macaw[all]'", err=True)
+            raise typer.Exit(1)
+
+    return typer.main.get_command(plugin)
 
 
 app = typer.Typer(
@@ -117,12 +127,3 @@ def _derive(command: Any, config: type[ServerConfig]) -> Any:
 
 
 app.command()(_derive(serve, ServerConfig))
-
-
-def main() -> None:
-    """Entry point of the `macaw` script."""
-    app(prog_name="macaw")
-
-
-if __name__ == "__main__":
-    main()

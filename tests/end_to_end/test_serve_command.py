@@ -18,7 +18,7 @@ from openai import OpenAI
 from macaw import MacawClient, MacawError, ProgramBuilder
 from macaw.protocol import CallDelta, ProgramRequest
 
-COMMAND = [sys.executable, "-m", "macaw_server.cli", "serve"]
+COMMAND = [sys.executable, "-m", "macaw_server", "serve"]
 FLAGS = ["macaw-demo", "--port", "0", "--dtype", "float32", "--max-model-len", "2048", "--threads", "1"]
 
 
