@@ -106,7 +106,11 @@ def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
         return torch.tensor(values, device=logits.device, dtype=torch.float64).unsqueeze(1)
 
     params = [row.params for row in rows]
-    probs = torch.softmax(logits.double() / column([p.temperature for p in params]), dim=-1)
+    logits = logits.double()
+    logits -= logits.amax(
+        dim=-1, keepdim=True
+    )  # so that a tiny temperature overflows to probability 0 and never to NaN
+    probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
     order = None
     if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
         probs, order = probs.sort(dim=-1, descending=True, stable=True)

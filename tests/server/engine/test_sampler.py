@@ -37,6 +37,11 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert draw(4_000, temperature=2.0)[4] > draw(4_000, temperature=1.0)[4]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-309, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    assert draw(50, temperature=temperature) == {0: 50}
+
+
 @pytest.mark.parametrize(
     ("params", "allowed"),
     [
