@@ -23,7 +23,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = sorted(set(stops), key=len, reverse=True)
-        self._failure = [_failure_function(stop) for stop in self._stops]
+        self._failure: list[list[int]] = [[] for _ in self._stops]  # as far as it has matched: a stop may be huge
         self._matched = [0] * len(self._stops)  # length of the prefix of each that the text ends with
         self._held = ""
 
@@ -52,16 +52,15 @@ class StopStrings:
         while matched and stop[matched] != char:
             matched = failure[matched - 1]
         self._matched[k] = matched = matched + (stop[matched] == char)
+        if matched > len(failure):
+            _extend_failure_function(failure, stop)
         return matched
 
 
-def _failure_function(pattern: str) -> list[int]:
-    """For each prefix the length of its longest proper prefix that is also its suffix."""
-    failure = [0] * len(pattern)
-    matched = 0
-    for i in range(1, len(pattern)):
-        while matched and pattern[i] != pattern[matched]:
-            matched = failure[matched - 1]
-        matched += pattern[i] == pattern[matched]
-        failure[i] = matched
-    return failure
+def _extend_failure_function(failure: list[int], pattern: str) -> None:
+    """Add the next prefix's entry: the length of its longest proper prefix that is also its suffix."""
+    end = len(failure)
+    matched = failure[-1] if failure else 0
+    while matched and pattern[end] != pattern[matched]:
+        matched = failure[matched - 1]
+    failure.append(matched + (end > 0 and pattern[end] == pattern[matched]))

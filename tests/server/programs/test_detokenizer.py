@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -235,3 +236,14 @@ def test_text_of_a_single_token() -> None:
     assert detokenizer.token_text(space_the) == (" ", [32])
     assert detokenizer.token_text(2).text == "</s>"
     assert detokenizer.token_text(SENTENCEPIECE_STYLE.convert_tokens_to_ids("<0xF0>")).bytes == [0xF0]
+
+
+def test_a_long_stop_string_costs_only_what_the_text_matches_of_it() -> None:
+    stop = "ab" * 500_000
+    tracemalloc.start()
+    try:
+        search = StopStrings([stop])
+        assert search.add("abab" * 10 + "x") == ("abab" * 10 + "x", None)
+        assert tracemalloc.get_traced_memory()[1] < 100_000  # bytes; a table of the whole string has millions
+    finally:
+        tracemalloc.stop()
