@@ -118,6 +118,7 @@ class ProgramService:
         values = run.values | _declared(growth.variables)
         model = run.program.request.model
         prepared = await self._surroundings.preparer.prepare_known(growth.calls, values, model, plain=False)
+        self._check_capacity(growth.calls)  # once more: others may have come meanwhile
         run.grow(growth, prepared)
 
     def get(self, tenant: Tenant, program_id: str) -> ProgramRun:

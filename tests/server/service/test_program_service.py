@@ -405,6 +405,14 @@ class TestLimits:
         await run.wait()
         assert service.num_live_calls == 0
 
+    async def test_growths_that_arrive_together_share_the_room(self, make):
+        service = make(ScriptedEngine(held=True), max_live_calls=3)
+        run = await submit(service, program(open=True))
+        growths = [ProgramGrowth(calls=[Call(**call(f"c{i}", "text"))]) for i in range(5)]
+        results = await asyncio.gather(*(service.grow(run, growth) for growth in growths), return_exceptions=True)
+        assert [type(result) for result in results].count(OverloadedError) == 2
+        assert service.num_live_calls == 3
+
     async def test_a_program_that_can_never_fit_is_told_so(self, make):
         with pytest.raises(InvalidProgramError, match="2 calls at once are over this server's limit of 1"):
             await submit(make(max_live_calls=1), chain())
