@@ -16,6 +16,10 @@ from macaw.protocol import Call, Variable
 
 from .graph import Graph
 
+MAX_TRANSFORMED_CHARS = 2**25
+"""What all transforms of a program may write together: without it, a small body that copies a long text many times
+fills the memory and stalls everybody."""
+
 
 class Failure(NamedTuple):
     """The outcome of a variable that will never have a value.
@@ -68,6 +72,7 @@ class Dataflow:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     _rank: dict[str, int] = field(default_factory=dict)
     _missing: dict[str, int] = field(default_factory=dict)  # inputs without outcome, of each waiting step
+    _num_transformed: int = 0  # characters that transforms have written
 
     def add(self, variables: dict[str, Variable], step_ids: list[str]) -> list[Effect]:
         """Bring new variables and steps (producers before consumers) to life.
@@ -148,10 +153,20 @@ class Dataflow:
             return []
         values = self.values(step.inputs)
         try:
-            return [(step.output, self.graph.functions[step_id]([values[name] for name in step.inputs]))]
+            return [(step.output, self._transformed(step_id, [values[name] for name in step.inputs]))]
         except ValueError as e:
             root = f"Transform {step_id!r} ({step.op}) failed: {e}"
             return [(step.output, Failure(UpstreamFailedError(root), root))]
+
+    def _transformed(self, step_id: str, values: list[str]) -> str:
+        limit = f"the limit of {MAX_TRANSFORMED_CHARS:,} characters that a program's transforms may write together"
+        if self._num_transformed >= MAX_TRANSFORMED_CHARS:
+            raise ValueError(f"{limit} was reached before")
+        text = self.graph.functions[step_id](values)
+        self._num_transformed += len(text)
+        if self._num_transformed > MAX_TRANSFORMED_CHARS:
+            raise ValueError(f"its {len(text):,} characters go over {limit}")
+        return text
 
     def _record(self, name: str, outcome: Outcome) -> None:
         self._rank[name] = len(self._rank)

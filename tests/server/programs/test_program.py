@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from macaw.errors import CancelledError, DeadlineExceededError, InvalidProgramError
+from macaw.errors import CancelledError, DeadlineExceededError, InvalidProgramError, UpstreamFailedError
 from macaw.protocol import CallTimings, ProgramGrowth, Target, Totals, Variable
+from macaw_server.programs.dataflow import MAX_TRANSFORMED_CHARS
 from macaw_server.programs.program import Program
 from server.programs.builders import (
     BoomError,
@@ -165,6 +166,16 @@ def test_a_transform_that_cannot_be_applied_fails_its_consumers() -> None:
     assert chain.error is not None
     assert chain.error.code == "upstream_failed"
     assert chain.error.message.startswith("Transform 'parse' (json_pointer) failed: not JSON")
+
+
+def test_what_transforms_write_together_is_bounded() -> None:
+    copies = [transform(f"t{i}", "lines", "text") for i in range(5)]
+    text = Variable(value="x" * (MAX_TRANSFORMED_CHARS // 3))
+    running = program(*copies, target=targets("t2.out", "t3.out"), variables={"text": text})
+    assert running.status == "failed"
+    assert sorted(running.state(0.0).variables) == ["t0.out", "t1.out", "t2.out"]
+    assert isinstance(running.error, UpstreamFailedError)
+    assert "limit of 33,554,432 characters" in running.error.message
 
 
 def test_two_failed_inputs_fail_a_call_once() -> None:
