@@ -12,6 +12,8 @@ from torch import Tensor
 from macaw_server.engine.types import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+_LEAST_LOGPROB = -9999.0
+"""What is reported for tokens that a model rules out: JSON has no infinity."""
 
 
 class Row(NamedTuple):
@@ -106,10 +108,9 @@ def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
         return torch.tensor(values, device=logits.device, dtype=torch.float64).unsqueeze(1)
 
     params = [row.params for row in rows]
+    # The maximum is 0, so that what a tiny temperature makes overflow has probability 0 and is never NaN.
     logits = logits.double()
-    logits -= logits.amax(
-        dim=-1, keepdim=True
-    )  # so that a tiny temperature overflows to probability 0 and never to NaN
+    logits -= logits.amax(dim=-1, keepdim=True)
     probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
     order = None
     if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
@@ -129,5 +130,6 @@ def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
 
 
 def _logprobs(raw: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    raw = raw.clamp(min=_LEAST_LOGPROB)
     top = raw.topk(num_top)
     return TokenLogprobs(raw[token].item(), list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

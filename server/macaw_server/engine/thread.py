@@ -65,6 +65,7 @@ class EngineThread(EngineHandle):
 
     def _on_failure(self, error: Exception) -> None:
         self._status = "failed"
+        self._answer_stats()
         self._table.fail_all(f"the engine is given up: {error}")
 
 

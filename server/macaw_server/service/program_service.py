@@ -37,6 +37,14 @@ class _Keyed(NamedTuple):
     fingerprint: bytes
     creation: asyncio.Task[ProgramRun]
 
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether its program ended because its client left or wanted it to."""
+        if not self.creation.done() or self.creation.cancelled() or self.creation.exception() is not None:
+            return False
+        error = self.creation.result().program.error
+        return error is not None and error.code == "cancelled"
+
 
 class ProgramService:
     """Runs programs on engines that have been started. One per event loop.
@@ -97,7 +105,7 @@ class ProgramService:
             return await self._create(tenant, request, hints)
         fingerprint = hashlib.sha256(request.model_dump_json().encode()).digest()
         keyed = self._keyed.get((tenant.id, key))
-        if keyed is None:
+        if keyed is None or keyed.was_cancelled:  # a client that lost its connection and tries again
             creation = asyncio.create_task(self._create(tenant, request, hints))
             keyed = self._keyed[tenant.id, key] = _Keyed(fingerprint, creation)
         elif keyed.fingerprint != fingerprint:

@@ -105,6 +105,13 @@ def test_logprobs_are_the_models_own() -> None:
     assert [token for token, _ in choice.logprobs.top] == [0, 1]
 
 
+def test_logprobs_of_ruled_out_tokens_are_finite() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    choice = sample(logits, [Row(SamplingParams(9, temperature=0, logprobs=2), (0,), 1)])[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.top[1][1] == -9999.0
+
+
 def test_logits_that_are_not_numbers_are_reported_for_that_row_only() -> None:
     logits = LOGITS.repeat(2, 1)
     logits[0, 2] = torch.nan

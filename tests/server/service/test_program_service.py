@@ -370,6 +370,17 @@ class TestIdempotency:
         theirs = await submit(service, chain(idempotency_key="k"), tenant=OTHER)
         assert mine.id != theirs.id
 
+    async def test_a_cancelled_program_does_not_hold_its_key(self, make):
+        engine = ScriptedEngine(CHAIN, held=True)
+        service = make(engine)
+        first = await submit(service, chain(idempotency_key="k"))
+        with first.attached():
+            pass  # the client's connection breaks
+        assert first.program.status == "failed"
+        second = await submit(service, chain(idempotency_key="k"))
+        assert second.id != first.id
+        assert second.program.status == "running"
+
     async def test_a_refused_program_does_not_hold_its_key(self, make):
         service = make()
         wrong = program(("a", "x", "$b"), targets=["a.out"], idempotency_key="k")
