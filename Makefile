@@ -36,8 +36,9 @@ test: check ## check, then all tests
 test-fast: setup ## the quick loop: everything not marked slow
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-bench: setup ## attention: two-phase against unshared, in alternation
+bench: setup ## attention: two-phase against unshared; planning of LangChain chains
 	@$(BIN)/python tests/bench/attention.py
+	@$(BIN)/python tests/bench/planning.py
 
 format: setup ## let ruff write
 	@$(BIN)/ruff format .
