@@ -5,7 +5,7 @@
 
 from macaw_kernels.attention import attend
 from macaw_kernels.merge import AttentionState, merge_states
-from macaw_kernels.planner import plan
+from macaw_kernels.planner import Planner, plan
 from macaw_kernels.profiles import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE
 from macaw_kernels.reference import reference_attend
 from macaw_kernels.store import store_kv
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionState",
     "DeviceProfile",
     "HeadConfig",
+    "Planner",
     "WorkItem",
     "attend",
     "merge_states",

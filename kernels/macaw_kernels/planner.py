@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,19 @@ from numpy.typing import NDArray
 from macaw_kernels.types import AttentionPlan, DeviceProfile, HeadConfig, IntArray, WorkItem
 
 BlockTable = Sequence[int] | IntArray
+
+_SPARE_PAGES = 16
+"""Pages that the sequences of a plan may get before their tables are laid out anew."""
+_MANY_ROWS = 4
+"""Decisions made for some number of query rows are made anew when that number grows or shrinks this much."""
+
+
+class _Shared(NamedTuple):
+    """A run of pages that `members` read once: pages ``[start, end)`` of their block tables."""
+
+    members: IntArray
+    start: int
+    end: int
 
 
 @dataclass(slots=True)
@@ -33,6 +47,145 @@ class _Node:
     start_index: int = 0
 
 
+class Planner:
+    """Plans step after step; what a decode step does not change is taken over from the step before.
+
+    Args:
+        head_config: Heads of the layers.
+        device_profile: Decides where sharing pays.
+        page_size: Tokens a page holds.
+
+    Raises:
+        ValueError: `page_size` is below 1.
+    """
+
+    def __init__(self, head_config: HeadConfig, device_profile: DeviceProfile, page_size: int) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size is {page_size}; it must be at least 1")
+        self.head_config = head_config
+        self.device_profile = device_profile
+        self.page_size = page_size
+        self._seen: list[BlockTable] = []
+        self._tails: list[tuple[int, list[int]]] = []
+        self._starts = self._num_pages = np.zeros(0, dtype=np.int64)
+        self._tables = np.zeros((0, 0), dtype=np.int64)
+        self._num_rows = 0
+        self._max_page = -1
+        self._own_starts = np.zeros(0, dtype=np.int64)
+        self._shared: list[_Shared] = []
+
+    def plan(
+        self,
+        block_tables: Sequence[BlockTable],
+        context_lens: Sequence[int] | IntArray,
+        query_lens: Sequence[int] | IntArray,
+    ) -> AttentionPlan:
+        """Plan one step's attention.
+
+        Only pages that lie wholly before a sequence's first query are shared: a sequence which writes into a
+        shared page in this very step attends it on its own, so every row of a shared item sees all of the item.
+
+        Args:
+            block_tables: Page ids of each sequence, in order; entries beyond its context are ignored. A table that
+                is given again as the same object is taken to have the same pages before its queries' first.
+            context_lens: Keys of each sequence, this step's tokens included.
+            query_lens: Tokens of each sequence in this step, the last ones of its context: 1 is a decode, more a
+                chunk of a prefill. Tokens are laid out in batch order.
+
+        Raises:
+            ValueError: The inputs do not describe a batch; the message names the sequence.
+        """
+        contexts, queries = np.asarray(context_lens, dtype=np.int64), np.asarray(query_lens, dtype=np.int64)
+        _check_lens(len(block_tables), contexts, queries)
+        starts = contexts - queries
+        num_pages = -(-contexts // self.page_size)
+        query_starts = np.zeros(len(queries) + 1, dtype=np.int64)
+        np.cumsum(queries, out=query_starts[1:])
+        if not self._take_over(block_tables, starts, num_pages, int(query_starts[-1])):
+            self._tables = _checked_tables(block_tables, contexts, num_pages, self.page_size)
+            self._max_page = int(self._tables.max(initial=-1))
+            self._num_rows = int(query_starts[-1])
+            nodes = _build_forest(self._tables, starts // self.page_size)
+            _decide(nodes, contexts, queries, self.head_config, self.device_profile, self.page_size)
+            self._own_starts, self._shared = _choices(nodes, len(queries), self.page_size)
+        self._remember(block_tables, starts, num_pages)
+        return AttentionPlan(
+            self.head_config,
+            self.device_profile,
+            self.page_size,
+            self._max_page,
+            positions=_ranges(starts, queries),
+            block_tables=self._tables,
+            query_starts=query_starts,
+            context_lens=contexts,
+            own_starts=self._own_starts,
+            shared=tuple(
+                WorkItem(
+                    rows=_ranges(query_starts[members], queries[members]),
+                    pages=self._tables[members[0], start:end],
+                    kv_start=start * self.page_size,
+                    kv_len=(end - start) * self.page_size,
+                    sequence=int(members[0]),
+                )
+                for members, start, end in self._shared
+            ),
+        )
+
+    def _take_over(
+        self, block_tables: Sequence[BlockTable], starts: IntArray, num_pages: IntArray, num_rows: int
+    ) -> bool:
+        """Whether the last step's decisions hold; new pages are then in the tables.
+
+        They do when the same sequences have only grown, and no two of them on a common page. Which pages are read
+        at the tails has no say in what pays, nor has the number of rows as long as it is about the same.
+        """
+        if len(starts) != len(self._starts) or (starts < self._starts).any():
+            return False
+        if num_rows > self._num_rows * _MANY_ROWS or self._num_rows > num_rows * _MANY_ROWS:
+            return False
+        for i, (table, seen, (first, tail)) in enumerate(zip(block_tables, self._seen, self._tails, strict=True)):
+            known = first + len(tail)
+            if table is not seen:
+                if not np.array_equal(table[:known], self._tables[i, :known]):
+                    return False
+            elif list(table[first:known]) != tail:
+                return False
+        return self._append_pages(block_tables, num_pages) and not self._new_common_pages(starts)
+
+    def _append_pages(self, block_tables: Sequence[BlockTable], num_pages: IntArray) -> bool:
+        """Write pages that the sequences have got into the tables; False if they have no room."""
+        if num_pages.max(initial=0) > self._tables.shape[1]:
+            return False
+        for i in np.flatnonzero(num_pages > self._num_pages).tolist():
+            known, used = int(self._num_pages[i]), int(num_pages[i])
+            new = np.asarray(block_tables[i][known:used], dtype=np.int64)
+            if len(new) < used - known or new.min() < 0:
+                return False  # `_checked_tables` says what is wrong
+            self._tables[i, known:used] = new
+            self._max_page = max(self._max_page, int(new.max()))
+        return True
+
+    def _remember(self, block_tables: Sequence[BlockTable], starts: IntArray, num_pages: IntArray) -> None:
+        """Keep what the next step is compared with: the tables, and copies of their tails, which may change."""
+        self._seen, self._starts, self._num_pages = list(block_tables), starts, num_pages
+        self._tails = [
+            (first, list(table[first:used]))
+            for table, first, used in zip(
+                block_tables, (starts // self.page_size).tolist(), num_pages.tolist(), strict=True
+            )
+        ]
+
+    def _new_common_pages(self, starts: IntArray) -> bool:
+        """Whether a page that only now lies wholly before a sequence's queries is another sequence's, too."""
+        before, now = self._starts // self.page_size, starts // self.page_size
+        grown = np.flatnonzero(now > before)
+        if not len(grown):
+            return False
+        sequences, pages = np.repeat(grown, (now - before)[grown]), _ranges(before[grown], (now - before)[grown])
+        same = self._tables[:, pages] == self._tables[sequences, pages]
+        return bool(same.sum() > len(pages))
+
+
 def plan(
     block_tables: Sequence[BlockTable],
     context_lens: Sequence[int] | IntArray,
@@ -41,53 +194,11 @@ def plan(
     device_profile: DeviceProfile,
     page_size: int,
 ) -> AttentionPlan:
-    """Plan one step's attention.
-
-    Only pages that lie wholly before a sequence's first query are shared: a sequence which writes into a
-    shared page in this very step attends it on its own, so every row of a shared item sees all of the item.
-
-    Args:
-        block_tables: Page ids of each sequence, in order; entries beyond its context are ignored.
-        context_lens: Keys of each sequence, this step's tokens included.
-        query_lens: Tokens of each sequence in this step, the last ones of its context: 1 is a decode, more a
-            chunk of a prefill. Tokens are laid out in batch order.
-        head_config: Heads of the layers.
-        device_profile: Decides where sharing pays.
-        page_size: Tokens a page holds.
-
-    Raises:
-        ValueError: The inputs do not describe a batch; the message names the sequence.
-    """
-    contexts, queries = np.asarray(context_lens, dtype=np.int64), np.asarray(query_lens, dtype=np.int64)
-    tables = _checked_tables(block_tables, contexts, queries, page_size)
-    nodes = _build_forest(tables, (contexts - queries) // page_size)
-    _decide(nodes, contexts, queries, head_config, device_profile, page_size)
-
-    first_rows = np.cumsum(queries) - queries
-    own_starts, shared = _shared_items(nodes, tables, first_rows, queries, page_size)
-    own = tuple(
-        WorkItem(
-            rows=np.arange(row, row + query),
-            pages=tables[i, start // page_size : -(-context // page_size)],
-            kv_start=start,
-            kv_len=context - start,
-        )
-        for i, (row, query, context, start) in enumerate(
-            zip(first_rows.tolist(), queries.tolist(), contexts.tolist(), own_starts, strict=True)
-        )
-    )
-    positions = _ranges(contexts - queries, queries)
-    max_page = int(tables.max(initial=-1))
-    return AttentionPlan(head_config, device_profile, page_size, max_page, positions, own, shared)
+    """Plan one step's attention from nothing; see `Planner`, which is faster for a series of steps."""
+    return Planner(head_config, device_profile, page_size).plan(block_tables, context_lens, query_lens)
 
 
-def _checked_tables(
-    block_tables: Sequence[BlockTable], contexts: IntArray, queries: IntArray, page_size: int
-) -> IntArray:
-    """Return the tables as one matrix ``[batch, pages of the longest context]``, padded with -1."""
-    batch = len(block_tables)
-    if page_size < 1:
-        raise ValueError(f"page_size is {page_size}; it must be at least 1")
+def _check_lens(batch: int, contexts: IntArray, queries: IntArray) -> None:
     if contexts.shape != (batch,) or queries.shape != (batch,):
         raise ValueError(
             f"{batch} block tables, {contexts.shape} context_lens and {queries.shape} query_lens: "
@@ -98,8 +209,13 @@ def _checked_tables(
             f"sequence {i}: query_len {queries[i]} with context_len {contexts[i]}; "
             "at least 1 and at most the context, which includes this step's tokens"
         )
-    num_pages = -(-contexts // page_size)
-    tables = np.full((batch, num_pages.max(initial=0)), -1, dtype=np.int64)
+
+
+def _checked_tables(
+    block_tables: Sequence[BlockTable], contexts: IntArray, num_pages: IntArray, page_size: int
+) -> IntArray:
+    """Return the tables as one matrix with some columns to grow into, padded with -1."""
+    tables = np.full((len(block_tables), num_pages.max(initial=0) + _SPARE_PAGES), -1, dtype=np.int64)
     for i, (table, used) in enumerate(zip(block_tables, num_pages.tolist(), strict=True)):
         if len(table) < used:
             raise ValueError(
@@ -183,27 +299,17 @@ def _decide(
             child.start_index = len(child.starts) - 1 if node.share[node.start_index] else node.start_index
 
 
-def _shared_items(
-    nodes: list[_Node], tables: IntArray, first_rows: IntArray, queries: IntArray, page_size: int
-) -> tuple[list[int], tuple[WorkItem, ...]]:
-    """Return where each sequence's own item starts (in tokens), and the shared items."""
-    own_starts = [0] * len(tables)
+def _choices(nodes: list[_Node], batch: int, page_size: int) -> tuple[IntArray, list[_Shared]]:
+    """Return where each sequence's own item starts (in tokens), and the shared runs of pages."""
+    own_starts = np.zeros(batch, dtype=np.int64)
     shared = []
     for node in nodes:
         start = int(node.starts[node.start_index])
         if node.share[node.start_index]:
-            shared.append(
-                WorkItem(
-                    rows=_ranges(first_rows[node.members], queries[node.members]),
-                    pages=tables[node.members[0], start : node.end],
-                    kv_start=start * page_size,
-                    kv_len=(node.end - start) * page_size,
-                )
-            )
+            shared.append(_Shared(node.members, start, node.end))
             start = node.end
-        for i in node.leaves:
-            own_starts[i] = start * page_size
-    return own_starts, tuple(shared)
+        own_starts[node.leaves] = start * page_size
+    return own_starts, shared
 
 
 def _ranges(starts: IntArray, lens: IntArray) -> IntArray:

@@ -89,7 +89,7 @@ def build_layout(plan: AttentionPlan, window: int | None, device: torch.device) 
     # states.
     first: list[_Span] = []
     further: list[_Span] = []
-    for item in plan.own:
+    for item in plan.own():
         spans = _own_spans(item, plan.positions[item.rows], window)
         first += spans[0]
         further += spans[1]

@@ -87,12 +87,14 @@ class WorkItem:
         pages: Page ids, from the page that holds `kv_start`.
         kv_start: Position of the first key; a multiple of the page size.
         kv_len: Number of keys; the last page may be used in part.
+        sequence: Whose block table `pages` is a part of: ``block_tables[sequence, kv_start // page_size :]``.
     """
 
     rows: IntArray
     pages: IntArray
     kv_start: int
     kv_len: int
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,15 +102,19 @@ class AttentionPlan:
     """What one step's attention computes, the same for every layer with these heads.
 
     Every (row, visible key) pair is in exactly one item: the row's sequence's own, or one shared item on its
-    path.
+    path. The own item of sequence ``i`` has the rows ``query_starts[i] : query_starts[i + 1]`` and the keys at
+    positions ``own_starts[i] : context_lens[i]``; all arrays are on the host.
 
     Attributes:
         head_config: Heads of the layers that this plan is for.
         device_profile: What the decisions were based on.
         page_size: Tokens a page holds.
-        max_page: Largest page id in use.
+        max_page: No page id in use is larger.
         positions: ``[num_tokens]``, position of each query token in its sequence.
-        own: One item per sequence, in batch order: its rows against the pages that it does not share.
+        block_tables: ``[batch, width]``, page ids of each sequence in order, arbitrary beyond its context.
+        query_starts: ``[batch + 1]``, first row of each sequence, and the number of rows.
+        context_lens: ``[batch]``, keys of each sequence, this step's tokens included.
+        own_starts: ``[batch]``, first position that the sequence attends on its own; a multiple of `page_size`.
         shared: Items of several sequences; every row sees every key of them.
         cache: What a backend derives from the plan (index tensors), filled at the first layer.
     """
@@ -118,7 +124,10 @@ class AttentionPlan:
     page_size: int
     max_page: int
     positions: IntArray
-    own: tuple[WorkItem, ...]
+    block_tables: IntArray
+    query_starts: IntArray
+    context_lens: IntArray
+    own_starts: IntArray
     shared: tuple[WorkItem, ...]
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -130,9 +139,28 @@ class AttentionPlan:
     @property
     def num_kv_tokens(self) -> int:
         """KV tokens that one layer reads."""
-        return sum(item.kv_len for item in self.own + self.shared)
+        return int((self.context_lens - self.own_starts).sum()) + sum(item.kv_len for item in self.shared)
 
     @property
     def num_kv_tokens_unshared(self) -> int:
         """KV tokens that one layer would read if nothing were shared."""
-        return sum(item.kv_start + item.kv_len for item in self.own)
+        return int(self.context_lens.sum())
+
+    def own(self) -> tuple[WorkItem, ...]:
+        """Return one item per sequence, in batch order: its rows against the pages that it does not share."""
+        return tuple(
+            WorkItem(
+                rows=np.arange(self.query_starts[i], self.query_starts[i + 1]),
+                pages=self.block_tables[i, start // self.page_size : -(-context // self.page_size)],
+                kv_start=start,
+                kv_len=context - start,
+                sequence=i,
+            )
+            for i, (start, context) in enumerate(zip(self.own_starts.tolist(), self.context_lens.tolist(), strict=True))
+        )
+
+    def slot_mapping(self) -> IntArray:
+        """Return ``[num_tokens]``, the slot ``page * page_size + offset`` of each query token."""
+        sequences = np.repeat(np.arange(len(self.context_lens)), np.diff(self.query_starts))
+        pages = self.block_tables[sequences, self.positions // self.page_size]
+        return pages * self.page_size + self.positions % self.page_size

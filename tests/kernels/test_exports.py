@@ -14,6 +14,7 @@ def test_exported_names() -> None:
         "AttentionState",
         "DeviceProfile",
         "HeadConfig",
+        "Planner",
         "WorkItem",
         "attend",
         "merge_states",

@@ -21,6 +21,7 @@ from macaw_kernels import (
     AttentionPlan,
     DeviceProfile,
     HeadConfig,
+    Planner,
     WorkItem,
     plan,
 )
@@ -54,10 +55,12 @@ def keys_of(item: WorkItem) -> list[tuple[int, int]]:
 def test_every_row_sees_every_visible_key_exactly_once(
     batch: tuple[list[list[int]], list[int], list[int]], profile: DeviceProfile
 ) -> None:
-    tables, contexts, queries = batch
-    made = plan(tables, contexts, queries, HEADS, profile, PAGE_SIZE)
+    assert_covers_once(plan(*batch, HEADS, profile, PAGE_SIZE), *batch)
+
+
+def assert_covers_once(made: AttentionPlan, tables: list[list[int]], contexts: list[int], queries: list[int]) -> None:
     seen: list[list[tuple[int, int]]] = [[] for _ in range(made.num_tokens)]
-    for item in made.own + made.shared:
+    for item in made.own() + made.shared:
         assert item.kv_start % PAGE_SIZE == 0
         assert len(item.pages) == -(-item.kv_len // PAGE_SIZE)
         for row in item.rows.tolist():
@@ -115,10 +118,52 @@ def test_the_choice_costs_least(batch: tuple[list[list[int]], list[int], list[in
 
 def same(a: AttentionPlan, b: AttentionPlan) -> bool:
     def flat(made: AttentionPlan) -> list[Any]:
-        items = [[i.rows.tolist(), i.pages.tolist(), i.kv_start, i.kv_len] for i in made.own + made.shared]
+        items = [[i.rows.tolist(), i.pages.tolist(), i.kv_start, i.kv_len] for i in made.own() + made.shared]
         return [made.positions.tolist(), made.max_page, *items]
 
     return flat(a) == flat(b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), profile=st.sampled_from(PROFILES))
+def test_step_after_step_is_planned_as_from_nothing(data: st.DataObject, profile: DeviceProfile) -> None:
+    """Sequences decode (some tokens a step), now and then get a common page, and the batch changes."""
+    planner = Planner(HEADS, profile, PAGE_SIZE)
+    tables, contexts, queries = data.draw(batches())
+    for _ in range(data.draw(st.integers(1, 6))):
+        made = planner.plan(tables, contexts, queries)
+        assert_covers_once(made, tables, contexts, queries)
+        fresh = plan(tables, contexts, queries, HEADS, profile, PAGE_SIZE)
+        assert made.slot_mapping().tolist() == fresh.slot_mapping().tolist()
+        if set(queries) == {1}:  # decisions are kept while the number of rows is about the same
+            assert same(made, fresh)
+        change = data.draw(st.sampled_from(["decode"] * 6 + ["speculate", "leave", "replace"]))
+        if change == "leave" and tables:
+            gone = data.draw(st.integers(0, len(tables) - 1))
+            tables, contexts, queries = (
+                [x for i, x in enumerate(xs) if i != gone] for xs in (tables, contexts, queries)
+            )
+        if change == "replace" and tables:
+            some = data.draw(st.integers(0, len(tables) - 1))
+            tables[some] = [page + 1000 for page in tables[some]]
+        starts = list(contexts)
+        queries = [data.draw(st.integers(1, 5)) if change == "speculate" else 1 for _ in tables]
+        contexts = [start + query for start, query in zip(starts, queries, strict=True)]
+        for table, context in zip(tables, contexts, strict=True):
+            while len(table) * PAGE_SIZE < context:
+                table.append(10 * len(table) + data.draw(st.integers(0, 2)))
+
+
+def test_a_decode_step_takes_the_decisions_over() -> None:
+    """Not by its time but by what it is given to read: a table that may only be compared, not converted."""
+    planner = Planner(HEADS, ALWAYS_SHARE, PAGE_SIZE)
+    tables = [[1, 2, 3], [1, 2, 4]]
+    first = planner.plan(tables, [9, 10], [1, 1])
+    second = planner.plan(tables, [10, 11], [1, 1])
+    assert second.block_tables is first.block_tables
+    assert second.own_starts is first.own_starts
+    third = planner.plan([[1, 2, 3], [1, 2, 3]], [11, 12], [1, 1])
+    assert third.block_tables is not first.block_tables
 
 
 def test_lists_and_arrays_plan_alike_and_always_the_same() -> None:
@@ -142,7 +187,7 @@ def test_three_levels() -> None:
     # Rows: decodes 0, 1, 2, a chunk of 23, decodes 4 and 5, a chunk of 33 (all with "system"), and three
     # loners.
     assert sharing == [(3 + 23 + 2 + 33, 0, 48), (3 + 23, 48, 32), (2, 48, 16), (2, 80, 32)]
-    assert [item.kv_start for item in made.own] == [112, 112, 80, 80, 64, 64, 48, 0, 0, 0]
+    assert [item.kv_start for item in made.own()] == [112, 112, 80, 80, 64, 64, 48, 0, 0, 0]
 
 
 def test_a_node_too_short_to_share_alone_goes_down_to_its_children() -> None:
@@ -163,7 +208,7 @@ def test_only_pages_before_the_first_query_are_shared() -> None:
         (62, 0, 32),
         (2, 32, 64),
     ]
-    assert made.own[0].kv_start == 32
+    assert made.own()[0].kv_start == 32
 
 
 def test_never_share_is_one_item_per_sequence() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from macaw_kernels import DeviceProfile, plan
+from macaw_kernels import DeviceProfile, Planner
 from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV, current_batch
 
 
@@ -55,8 +55,9 @@ class ModelRunner:
         self._model = model
         self._device = next(model.parameters()).device
         self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
-        self._profile = profile
-        self._heads = {spec.heads for spec in layers.values()}
+        self._planners = {
+            heads: Planner(heads, profile, page_size) for heads in {spec.heads for spec in layers.values()}
+        }
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
@@ -70,36 +71,25 @@ class ModelRunner:
         Returns:
             ``[num_samples, vocab_size]`` float32 logits, in the order of the chunks that sample.
         """
-        page_size = self._kv.page_size
         lengths = np.array([len(chunk.token_ids) for chunk in chunks])
-        starts = np.array([chunk.start for chunk in chunks])
-        ends = np.cumsum(lengths)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        positions = np.repeat(starts, lengths) + offsets
-        slots = np.concatenate(
-            [
-                np.asarray(chunk.block_table)[pos // page_size] * page_size + pos % page_size
-                for chunk, pos in zip(chunks, np.split(positions, ends[:-1]), strict=True)
-            ]
-        )
-        token_ids = [token for chunk in chunks for token in chunk.token_ids]
-        rows = [end - 1 for chunk, end in zip(chunks, ends.tolist(), strict=True) if chunk.samples]
-
+        context_lens = np.array([chunk.start for chunk in chunks]) + lengths
         tables = [chunk.block_table for chunk in chunks]
-        context_lens, query_lens = (starts + lengths).tolist(), lengths.tolist()
+        plans = {heads: planner.plan(tables, context_lens, lengths) for heads, planner in self._planners.items()}
+        any_plan = next(iter(plans.values()))  # they differ in what is shared, not in the batch
         batch = BatchContext(
-            plans={
-                heads: plan(tables, context_lens, query_lens, heads, self._profile, page_size) for heads in self._heads
-            },
-            slot_mapping=torch.from_numpy(slots).to(self._device),
+            plans=plans,
+            slot_mapping=torch.from_numpy(any_plan.slot_mapping()).to(self._device),
             kv=self._kv,
         )
+        token_ids = [token for chunk in chunks for token in chunk.token_ids]
+        ends = np.cumsum(lengths).tolist()
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
         wanted = torch.tensor(rows, dtype=torch.long, device=self._device)
         keep = {"logits_to_keep": wanted} if self._keeps_rows and rows else {}
         with current_batch(batch):
             logits: Tensor = self._model(
                 input_ids=torch.tensor([token_ids], device=self._device),
-                position_ids=torch.from_numpy(positions).unsqueeze(0).to(self._device),
+                position_ids=torch.from_numpy(any_plan.positions).unsqueeze(0).to(self._device),
                 use_cache=False,
                 **keep,
             ).logits[0]
