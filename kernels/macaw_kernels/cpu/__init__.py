@@ -1,0 +1,1 @@
+"""Native CPU kernels: C++ behind a C interface, built on first use."""

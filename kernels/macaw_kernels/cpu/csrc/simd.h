@@ -1,0 +1,104 @@
+// Vectors of the machine's own width (AVX-512, AVX2, else SSE/NEON by the compiler), and bfloat16.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace macaw {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+typedef int8_t VecB __attribute__((vector_size(kLanes)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class V>
+inline V load_as(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline VecU bits_of(Vec x) { return load_as<VecU>(&x); }
+inline Vec of_bits(VecU x) { return load_as<Vec>(&x); }
+
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline Vec load(const bf16* p) {
+  return of_bits(__builtin_convertvector(load_as<VecH>(p), VecU) << 16);
+}
+inline Vec load(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(load_as<VecB>(p), VecI), Vec); }
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+// Round to nearest even. NaN may become another NaN, or infinity where all of its set bits are low ones.
+inline void store(bf16* p, Vec v) {
+  VecU u = bits_of(v);
+  VecH h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VecH);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(bf16* p, float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  p->bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+inline float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; i++) s += v[i];
+  return s;
+}
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline float max_of(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// exp by 2^n * 2^f, f in [-1/2, 1/2], with a polynomial of degree 6: relative error below 3e-7.
+// 0 below -87.3 (so also for -inf), the largest float's neighbourhood above 88.
+inline Vec exp(Vec x) {
+  const Vec zero = {};
+  Vec y = min(max(x, splat(-87.33f)), splat(88.37f)) * 1.44269504088896341f;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec shifted = y + magic;
+  Vec n = shifted - magic;
+  Vec f = (y - n) * 0.693147180559945309f;
+  Vec p = splat(1.0f / 720);
+  p = p * f + (1.0f / 120);
+  p = p * f + (1.0f / 24);
+  p = p * f + (1.0f / 6);
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  VecU e = bits_of(shifted) << 23;
+  Vec r = of_bits(bits_of(p) + e);
+  return x < splat(-87.33f) ? zero : r;
+}
+
+}  // namespace macaw
