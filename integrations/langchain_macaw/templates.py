@@ -53,10 +53,10 @@ class RequestTemplate:
         """
         # By way of JSON: the types are then those of the wire, such as string keys in logit_bias.
         if not self.variables and all(isinstance(m.get("content"), str) for m in self.body["messages"]):
-            return ChatCompletionRequest.model_validate_json(self.key({}))
+            return ChatCompletionRequest.model_validate_json(_json(self.body, _not_json))
         messages = [{**message, "content": _parts(message.get("content"))} for message in self.body["messages"]]
         body = {**self.body, "messages": messages}
-        text = _canonical(body, lambda text: [part.model_dump() for part in text.parts])
+        text = _json(body, lambda text: [part.model_dump() for part in text.parts])
         return ChatCompletionRequest.model_validate_json(text)
 
 
@@ -91,7 +91,12 @@ def request_key(payload: Mapping[str, Any]) -> str:
 
 
 def _canonical(body: Mapping[str, Any], write_text: Callable[[Any], Any]) -> str:
-    return json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=write_text)
+    return _json(body, write_text, sort_keys=True)
+
+
+def _json(body: Mapping[str, Any], write_text: Callable[[Any], Any], *, sort_keys: bool = False) -> str:
+    """In the order of the body: a schema's properties are generated in theirs."""
+    return json.dumps(body, sort_keys=sort_keys, ensure_ascii=False, separators=(",", ":"), default=write_text)
 
 
 def _not_json(value: object) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator, with_config
+from typing_extensions import TypedDict
 
 MAX_LOGPROBS = 20
 """The largest accepted `top_logprobs` (chat) or `logprobs` (completions)."""
@@ -12,6 +13,8 @@ MAX_CHOICES = 128
 """The largest accepted `n`."""
 MAX_STOP_STRINGS = 16
 """The largest accepted number of stop strings."""
+MAX_SCHEMA_DEPTH = 64
+"""The deepest accepted nesting of objects and lists in a JSON schema."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.:\-/\[\]]+$")]
 """An identifier of a call, a variable or a transform."""
@@ -64,10 +67,61 @@ class StreamOptions(WireModel):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(WireModel):
-    """Only plain text for now: constrained decoding is refused by the type of this field."""
+def _depth_is_bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        parents = [list(node.values()) if isinstance(node, dict) else node for node in level]
+        level = [child for children in parents for child in children if isinstance(child, dict | list)]
+        if not level:
+            return schema
+    raise ValueError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep; name its parts under $defs")
 
-    type: Literal["text"]
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class JsonSchema(TypedDict):
+    """OpenAI's `response_format.json_schema`. The output matches `schema` whether or not `strict` is set.
+
+    `name` and `description` label it: like the schema itself, the model does not see them. (A dict, as a model could
+    not have a field of the name `schema`.)
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: NotRequired[str | None]
+    schema: Annotated[dict[str, Any], AfterValidator(_depth_is_bounded)]
+    strict: NotRequired[bool | None]
+
+
+class ResponseFormat(WireModel):
+    """OpenAI's `response_format`: free text, any JSON object, or JSON that matches a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"type {self.type} is {'without' if self.json_schema is None else 'with'} a json_schema")
+        return self
+
+
+class StructuredOutputs(WireModel):
+    """What else an output can be held to, as in vLLM; exactly one field.
+
+    Attributes:
+        regex: It matches as a whole. Rust's syntax: no look-around, no back-references.
+        choice: It is one of these.
+        grammar: It matches a grammar in llguidance's variant of Lark.
+    """
+
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        if sum(value is not None for value in (self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("exactly one of regex, choice and grammar is accepted")
+        return self
 
 
 class Hints(WireModel):
@@ -110,6 +164,8 @@ class GenerationRequest(WireModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     macaw: Hints | None = None
 
@@ -137,6 +193,12 @@ class GenerationRequest(WireModel):
             raise ValueError("stream_options is only accepted with stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _one_constraint(self) -> GenerationRequest:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("response_format and structured_outputs both say what the output must be; send one")
+        return self
+
     @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
@@ -150,7 +212,6 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatCompletionRequest:

@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile
 from macaw_server.config import EngineConfig
+from macaw_server.engine.constrained import ConstrainedRequests
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
@@ -20,6 +22,9 @@ from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.probe import prepare
 from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, make_policy
+
+if TYPE_CHECKING:
+    from macaw_server.engine.grammar import GrammarState
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +73,21 @@ class EngineCore:
             eos_token_ids=loader.eos_token_ids(config, model),
         )
         self._scheduler = self._new_scheduler()
+        self._constrained = ConstrainedRequests(lambda: loader.load_tokenizer(config), self.info.vocab_size)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._constrained.num_held > 0
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; the answer, if there is one, is its refusal."""
+        if request.sampling.grammar is not None:
+            self._constrained.hold(request, request.sampling.grammar)
+            return None
+        return self._queue(request)
+
+    def _queue(self, request: EngineRequest) -> EngineOutput | None:
         try:
             sequence = self._scheduler.add(request, time.monotonic())
         except ValueError as e:
@@ -87,31 +99,44 @@ class EngineCore:
     def abort(self, request_id: str) -> None:
         """Forget a request and free its pages."""
         self._scheduler.abort(request_id)
+        self._constrained.drop(request_id)
 
     def step(self) -> list[EngineOutput]:
         """One round: schedule -> run -> postprocess."""
         begin = time.perf_counter()
+        refused = self._queue_compiled()
         batch = self._scheduler.schedule(time.monotonic())
         if not batch.chunks:
-            return []
+            return refused
         ready = time.perf_counter()
         try:
             sampled = self._run(batch)
         except Exception as e:
             log.exception("a step of %d sequences failed", len(batch.chunks))
-            return self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
+            return refused + self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
         done = time.perf_counter()
         outputs = self._postprocess(batch, sampled)
         self._steps += 1
         self._forward_s += done - ready
         self._overhead_s += time.perf_counter() - done + ready - begin
-        return outputs
+        return refused + outputs
 
     def stats(self) -> EngineStats:
         """The counters now."""
         stats = self._scheduler.stats()
+        stats.waiting += self._constrained.num_held
         stats.steps, stats.forward_s, stats.overhead_s = self._steps, self._forward_s, self._overhead_s
         return stats
+
+    def _queue_compiled(self) -> list[EngineOutput]:
+        """Queue the requests whose grammars are compiled by now; the answers of those that are refused."""
+        outputs = []
+        for request, error in self._constrained.release(idle=not self._scheduler.has_work):
+            refused = EngineOutput(request.request_id, error=error) if error else self._queue(request)
+            if refused is not None:
+                self._constrained.drop(request.request_id)
+                outputs.append(refused)
+        return outputs
 
     def _new_scheduler(self) -> Scheduler:
         config = SchedulerConfig(
@@ -128,29 +153,41 @@ class EngineCore:
             Chunk(c.sequence.token_ids[c.start : c.start + c.length], c.start, c.sequence.block_table, c.samples)
             for c in batch.chunks
         ]
-        logits = self._runner.run(chunks)
         sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
-        rows = [Row(s.request.sampling, s.token_ids, len(s.request.prompt_ids)) for s in sequences]
+        masks = self._constrained.begin_masks((s.request_id, ()) for s in sequences)
+        logits = self._runner.run(chunks)
+        allowed = masks()
+        rows = []
+        for s in sequences:
+            mask = allowed.get(s.request_id)
+            rows.append(
+                Row(s.request.sampling, s.token_ids, len(s.request.prompt_ids), None if mask is None else mask[0])
+            )
         return {s.request_id: choice for s, choice in zip(sequences, sample(logits, rows), strict=True)}
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Sampled]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
         outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted}
-        tokens: dict[str, int] = {}
+        tokens: dict[str, list[int]] = {}
+        complete: set[str] = set()
         for request_id, choice in sampled.items():
             output = outputs.setdefault(request_id, EngineOutput(request_id))
-            if choice.token is None:
-                output.error = (
-                    "internal_error",
-                    "The model's logits are not numbers; are its weights sound?",
-                )
+            chosen = [] if choice.token is None else [choice.token]
+            grammar = self._constrained.state(request_id)
+            if grammar is not None:
+                chosen = chosen[: grammar.accept(chosen)]
+            if grammar is not None and grammar.over:
+                complete.add(request_id)
+            elif not chosen:
+                output.error = _why_no_token(grammar)
                 self._scheduler.abort(request_id, keep_pages=False)
+                self._constrained.drop(request_id)
                 continue
-            tokens[request_id] = choice.token
-            output.token_ids = [choice.token]
-            output.logprobs = None if choice.logprobs is None else [choice.logprobs]
-        for sequence in self._scheduler.update(batch, tokens):
+            tokens[request_id] = output.token_ids = chosen
+            output.logprobs = None if choice.logprobs is None else [choice.logprobs][: len(chosen)]
+        for sequence in self._scheduler.update(batch, tokens, complete):
             outputs[sequence.request_id].finish_reason = sequence.finish_reason
+            self._constrained.drop(sequence.request_id)
         return list(outputs.values())
 
     def _recover(self, batch: ScheduledBatch, message: str) -> list[EngineOutput]:
@@ -159,6 +196,8 @@ class EngineCore:
         What the failed step has written to its pages is unknown, so nothing of the cache is kept.
         """
         failed = {chunk.sequence.request_id for chunk in batch.chunks}
+        for request_id in failed:
+            self._constrained.drop(request_id)
         others = [s for s in self._scheduler.sequences if s.request_id not in failed]
         self._scheduler = self._new_scheduler()
         now_s = time.monotonic()
@@ -166,6 +205,13 @@ class EngineCore:
             outputs = sequence.token_ids[len(sequence.request.prompt_ids) :]
             self._scheduler.add(replace(sequence.request, output_ids=outputs), now_s)
         return [EngineOutput(request_id, error=("internal_error", message)) for request_id in failed]
+
+
+def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:
+    """The error of a sequence for which nothing could be sampled: a wire code and a message."""
+    if grammar is not None and grammar.error is not None:
+        return "invalid_request", grammar.error
+    return "internal_error", "The model's logits are not numbers; are its weights sound?"
 
 
 def _profile(sharing: str) -> DeviceProfile:

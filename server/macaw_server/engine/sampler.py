@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from macaw_server.engine.types import SamplingParams, TokenLogprobs
@@ -23,11 +26,13 @@ class Row(NamedTuple):
         params: How to choose.
         token_ids: Prompt and output so far.
         num_prompt: How many of them are the prompt.
+        mask: Tokens that the grammar allows, packed as in `engine.grammar`; None allows all.
     """
 
     params: SamplingParams
     token_ids: Seq[int]
     num_prompt: int
+    mask: NDArray[np.int32] | None = None
 
     @property
     def num_output(self) -> int:
@@ -36,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The chosen token; `token` is None when the model's logits were not numbers."""
+    """The chosen token; `token` is None when the model's logits were not numbers, or no token is allowed."""
 
     token: int | None
     logprobs: TokenLogprobs | None
@@ -70,6 +75,12 @@ def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
     raw = dict(zip(wanted, torch.log_softmax(logits[wanted], dim=-1), strict=True)) if wanted else {}
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
+    masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
+    if masks:
+        constrained = list(masks)
+        logits[constrained] = allowed = _masked(logits[constrained], list(masks.values()))
+        for i, largest in zip(constrained, allowed.amax(dim=-1).tolist(), strict=True):
+            broken[i] = broken[i] or largest == -math.inf
     tokens = torch.argmax(logits, dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and not broken[i]]
     if drawn:
@@ -97,8 +108,15 @@ def _adjust(logits: Tensor, row: Row) -> None:
         counts = Counter(row.token_ids[row.num_prompt :])
         penalties = [params.presence_penalty + params.frequency_penalty * n for n in counts.values()]
         logits[torch.tensor(list(counts), device=logits.device)] -= torch.tensor(penalties, device=logits.device)
-    if row.num_output < params.min_tokens and params.stop_token_ids:
+    if row.num_output < params.min_tokens and params.stop_token_ids and row.mask is None:  # else the mask knows
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
+
+
+def _masked(logits: Tensor, masks: Seq[NDArray[np.int32]]) -> Tensor:
+    """The logits with those of forbidden tokens at minus infinity."""
+    packed = torch.from_numpy(np.stack(masks).view(np.uint8)).to(logits.device)
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:

@@ -56,6 +56,7 @@ class SamplingParams:
         min_tokens: Stop tokens are not chosen before so many tokens.
         logprobs: Report the chosen token's log-probability and that many most likely ones; None is off.
         logit_bias: Added to the logits, by token id.
+        grammar: What the output must match, in llguidance's form; it has the last word over everything above.
     """
 
     max_tokens: int
@@ -71,6 +72,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: dict[int, float] = field(default_factory=dict)
+    grammar: str | None = None
 
 
 @dataclass(slots=True)
@@ -107,7 +109,8 @@ class EngineOutput:
 
     Attributes:
         request_id: Whose.
-        token_ids: New output tokens, in order; a stop token is included.
+        token_ids: New output tokens, in order; a stop token is included. An output that completes its grammar may
+            have none.
         logprobs: One entry for each of `token_ids`, where asked for.
         finish_reason: Set on the last output of a request.
         cached_tokens: Set on the first output after the request entered a batch: prompt tokens found in the cache.

@@ -20,6 +20,8 @@ from macaw.protocol import (
     Message,
     ProgramGrowth,
     ProgramRequest,
+    ResponseFormat,
+    StructuredOutputs,
     Target,
     Transform,
     VariablePart,
@@ -34,7 +36,11 @@ OpenAIRequest = TypeVar("OpenAIRequest", ChatCompletionRequest, CompletionReques
 _PROMPT = "a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids"
 _PROMPT_IN_PROGRAM = "in a program a prompt is a string or a list of text and variable parts"
 _NESTED_FIELDS = sorted(
-    {name for kind in (Call, ChatCompletionRequest, Message, Transform, Target, Hints) for name in kind.model_fields}
+    {
+        name
+        for kind in (Call, ChatCompletionRequest, Message, Transform, Target, Hints, ResponseFormat, StructuredOutputs)
+        for name in kind.model_fields
+    }
 )
 _CONTENT = "content is a string or a list of parts of type text"
 

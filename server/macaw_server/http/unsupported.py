@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_CONSTRAINED = "Constrained decoding is not served yet"
 _TOOLS = "Tool calls are not served yet; describe the tools in the prompt and parse the answer"
 _TEXT_ONLY = "Macaw serves text only"
 _HOSTED = "It is a feature of OpenAI's own service"
@@ -15,6 +14,10 @@ _GENERATION = {
     "safety_identifier": _HOSTED + "; user takes an identifier",
     "prompt_cache_key": "Prefixes are cached without it",
     "prompt_cache_retention": "Prefixes are cached without it",
+    "guided_json": "response_format takes a schema",
+    "guided_regex": "structured_outputs takes a regex",
+    "guided_choice": "structured_outputs takes a choice",
+    "guided_grammar": "structured_outputs takes a grammar",
 }
 _CHAT = _GENERATION | {
     "tools": _TOOLS,
@@ -67,9 +70,6 @@ def find_unsupported(request: dict[str, Any], prefix: str = "") -> Iterator[Refu
     if not chat and unused_best_of:
         del request["best_of"]
     yield from _used(request, _CHAT if chat else _COMPLETION, prefix)
-    format_ = request.get("response_format")
-    if isinstance(format_, dict) and format_.get("type") != "text":
-        yield _refusal(f"{prefix}response_format", format_, f"{_CONSTRAINED}; only type text is accepted")
     options = request.get("stream_options")
     if isinstance(options, dict) and options.get("include_obfuscation"):
         yield _refusal(f"{prefix}stream_options.include_obfuscation", True, "Chunks are not padded")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
@@ -136,19 +137,27 @@ class Scheduler:
         assert batch.chunks or not self.has_work, f"{len(self._sequences)} sequences and nothing to run"
         return batch
 
-    def update(self, batch: ScheduledBatch, sampled: Mapping[str, int]) -> list[Sequence]:
-        """Append the tokens sampled in a step, by request id; returns the sequences that finished.
+    def update(
+        self, batch: ScheduledBatch, sampled: Mapping[str, Seq[int]], complete: Collection[str] = ()
+    ) -> list[Sequence]:
+        """Append the tokens sampled in a step; returns the sequences that finished.
 
-        Tokens of sequences that were aborted meanwhile are ignored.
+        Args:
+            batch: As scheduled.
+            sampled: By request id. Tokens of sequences that were aborted meanwhile are ignored.
+            complete: Requests whose output is complete with these tokens, whatever their limits say; only these
+                may have none.
         """
         finished = []
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if not chunk.samples or sequence.status is not SequenceStatus.RUNNING:
                 continue
-            sequence.token_ids.append(sampled[sequence.request_id])
-            self._stats.output_tokens += 1
-            sequence.finish_reason = self._finish_reason(sequence)
+            tokens = sampled[sequence.request_id]
+            sequence.token_ids += tokens
+            self._stats.output_tokens += len(tokens)
+            is_complete = sequence.request_id in complete
+            sequence.finish_reason = "stop" if is_complete else self._finish_reason(sequence)
             if sequence.finish_reason:
                 self._retire(sequence)
                 finished.append(sequence)

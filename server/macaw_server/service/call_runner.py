@@ -46,6 +46,7 @@ class _Choice:
     index: int
     request_id: str
     detokenizer: Detokenizer
+    stop_token_ids: frozenset[int] = frozenset()
     pieces: list[str] = field(default_factory=list)
     reports: list[TokenReport] = field(default_factory=list)
     num_tokens: int = 0
@@ -103,8 +104,13 @@ class CallRunner:
         seed, engine = base_seed(self._request), self._prepared.model.engine
         for choice in self._choices:
             sampling = sampling_params(
-                self._request, engine.info, max_tokens=self._prepared.max_tokens, seed=seed + choice.index
+                self._request,
+                engine.info,
+                max_tokens=self._prepared.max_tokens,
+                seed=seed + choice.index,
+                grammar=self._prepared.grammar,
             )
+            choice.stop_token_ids = sampling.stop_token_ids
             request = EngineRequest(
                 choice.request_id, self._prepared.prompt_ids, sampling, salt=self._salt, hints=self._hints
             )
@@ -143,7 +149,7 @@ class CallRunner:
             return
         token_ids, logprobs = output.token_ids, output.logprobs
         choice.num_tokens += len(token_ids)
-        if output.finish_reason == "stop":  # the stop token has no text
+        if output.finish_reason == "stop" and token_ids and token_ids[-1] in choice.stop_token_ids:  # it has no text
             token_ids, logprobs = token_ids[:-1], None if logprobs is None else logprobs[:-1]
         before = choice.detokenizer.num_tokens
         delta, stopped_by = choice.detokenizer.add(token_ids)

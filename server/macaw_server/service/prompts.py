@@ -1,4 +1,4 @@
-"""Calls made ready for an engine: the model found, the prompt rendered and tokenised, the length checked.
+"""Calls made ready for an engine: the model found, the prompt rendered and tokenised, length and grammar checked.
 
 Tokenising a long document takes longer than a step, so it happens in threads, and other streams go on.
 """
@@ -13,17 +13,26 @@ from typing import NamedTuple
 from macaw.errors import InvalidProgramError, InvalidRequestError, MacawError
 from macaw.protocol import Call, ChatCompletionRequest, CompletionRequest
 from macaw_server.programs.rendering import check_length, render
+from macaw_server.service.constraints import GrammarChecker, grammar_of
 from macaw_server.service.models import ModelRegistry
 from macaw_server.service.sampling import check_request, requested_max_tokens
 from macaw_server.service.types import ServedModel
 
 
 class Prepared(NamedTuple):
-    """What a call needs to be submitted; `max_tokens` is the output limit in this context."""
+    """What a call needs to be submitted.
+
+    Attributes:
+        model: Whose engine takes it.
+        prompt_ids: The rendered prompt.
+        max_tokens: The output limit in this context.
+        grammar: What the output must match, as the engine takes it.
+    """
 
     model: ServedModel
     prompt_ids: list[int]
     max_tokens: int
+    grammar: str | None
 
 
 class PromptPreparer:
@@ -31,6 +40,7 @@ class PromptPreparer:
 
     def __init__(self, models: ModelRegistry, num_threads: int = 2) -> None:
         self._models = models
+        self._grammars = GrammarChecker()
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="macaw-render")
 
     async def prepare(self, call: Call, values: Mapping[str, str], model_name: str | None) -> Prepared:
@@ -62,6 +72,7 @@ class PromptPreparer:
             try:
                 models.append(self._models.find_working(call.request.model or model_name))
                 check_request(call.request, models[i].engine.info)
+                await self._grammars.check(call.request, models[i].tokenizer)
             except MacawError as e:
                 raise _located(e, i, plain) from e
         loop = asyncio.get_running_loop()
@@ -70,6 +81,7 @@ class PromptPreparer:
     def close(self) -> None:
         """End the threads; what they are at is finished and dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
 
 
 def _prepare_known(
@@ -90,7 +102,8 @@ def _prepare(
 ) -> Prepared:
     prompt_ids = render(request, values, model.tokenizer).token_ids
     limit = check_length(len(prompt_ids), requested_max_tokens(request), model.engine.info.max_model_len)
-    return Prepared(model, prompt_ids, limit)
+    grammar = grammar_of(request)
+    return Prepared(model, prompt_ids, limit, None if grammar is None else grammar.text)
 
 
 def _located(error: MacawError, index: int, plain: bool) -> MacawError:

@@ -53,7 +53,12 @@ def base_seed(request: ChatCompletionRequest | CompletionRequest) -> int:
 
 
 def sampling_params(
-    request: ChatCompletionRequest | CompletionRequest, info: EngineInfo, *, max_tokens: int, seed: int
+    request: ChatCompletionRequest | CompletionRequest,
+    info: EngineInfo,
+    *,
+    max_tokens: int,
+    seed: int,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """OpenAI's defaults filled in; end-of-sequence ids stop unless the request ignores them."""
     if isinstance(request, ChatCompletionRequest):
@@ -75,6 +80,7 @@ def sampling_params(
         min_tokens=request.min_tokens,
         logprobs=logprobs,
         logit_bias={int(token_id): bias for token_id, bias in (request.logit_bias or {}).items()},
+        grammar=grammar,
     )
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from llguidance import LLMatcher
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.process import MAX_CRASHES_PER_REQUEST, EngineProcess
@@ -18,9 +19,11 @@ from macaw_server.engine.types import Engine, EngineOutput, EngineRequest, Sampl
 from macaw_server.errors import ModelLoadError
 
 CONFIG = EngineConfig(dtype="float32", max_model_len=2048)
+WORDS = LLMatcher.grammar_from_regex("([a-z]+[ ,.])+")
 REQUESTS = [
     EngineRequest("greedy", list(range(10, 60)), SamplingParams(max_tokens=300, temperature=0)),
     EngineRequest("sampled", list(range(10, 50)), SamplingParams(max_tokens=300, seed=5, top_p=0.9)),
+    EngineRequest("constrained", [9, 8], SamplingParams(max_tokens=200, seed=3, temperature=2.0, grammar=WORDS)),
     EngineRequest("penalised", [7], SamplingParams(max_tokens=200, seed=1, frequency_penalty=1.0)),
 ]
 

@@ -91,7 +91,7 @@ class EngineModel:
         held = self.memory.prefixes()  # what was ready before and has not been evicted since
         self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
         self.cache.check()
-        sampled = {c.sequence.request_id: self.sampler(c.sequence.token_ids) for c in batch.chunks if c.samples}
+        sampled = {c.sequence.request_id: [self.sampler(c.sequence.token_ids)] for c in batch.chunks if c.samples}
         self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
         self.memory.ready_prefixes()
         self.cache.check()

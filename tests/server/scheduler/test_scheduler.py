@@ -314,9 +314,24 @@ def test_tokens_of_a_sequence_aborted_during_the_step_are_ignored():
     engine.add("b", [2])
     batch = engine.scheduler.schedule(1.0)
     engine.scheduler.abort("a")
-    assert engine.scheduler.update(batch, {"a": 5, "b": 6}) == []
+    assert engine.scheduler.update(batch, {"a": [5], "b": [6]}) == []
     assert engine.sequences["a"].token_ids == [1]
     assert engine.sequences["b"].token_ids == [2, 6]
+
+
+def test_complete_sequences_stop_whatever_their_limits_say_even_without_a_token():
+    engine = EngineModel()
+    for name in "abc":
+        engine.add(name, [1], max_tokens=1 if name == "c" else 9, min_tokens=5)
+    batch = engine.scheduler.schedule(1.0)
+    ended = engine.scheduler.update(batch, {"a": [5], "b": [], "c": [7]}, complete={"a", "b", "c"})
+    assert [(s.request_id, s.finish_reason, s.num_outputs) for s in ended] == [
+        ("a", "stop", 1),
+        ("b", "stop", 0),
+        ("c", "stop", 1),
+    ]
+    assert not engine.scheduler.has_work
+    engine.check_no_leak()
 
 
 # -- refusals and counters ----------------------------------------------------------------------------------
