@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from macaw_kernels import torch_backend
+from macaw_kernels.backends import BACKENDS, best_backend
 from macaw_kernels.types import AttentionPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,6 +22,7 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal attention of a step's tokens over their paged contexts; softmax and sums in float32.
 
@@ -38,12 +39,13 @@ def attend(
         window: A query sees that many positions, its own included (transformers' `sliding_window`).
         soft_cap: Scaled scores become ``soft_cap * tanh(score / soft_cap)``.
         sinks: ``[num_q_heads]``, one more logit per head in the softmax's denominator (GPT-OSS).
+        backend: A name of `BACKENDS`; None is the best that takes these heads, device and dtype.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: Shapes, dtypes or options do not fit the plan.
+        ValueError: Shapes, dtypes or options do not fit the plan, or the backend does not take them.
     """
     heads = plan.head_config
     _check_shape("q", q, (plan.num_tokens, heads.num_q_heads, heads.head_dim))
@@ -68,11 +70,15 @@ def attend(
         raise ValueError(f"soft_cap is {soft_cap}; more than 0, or None")
     if sinks is not None:
         _check_shape("sinks", sinks, (heads.num_q_heads,))
+    if backend is None:
+        backend = best_backend(heads, q.device, q.dtype)
+    elif backend not in BACKENDS or not BACKENDS[backend].supports(heads, q.device, q.dtype):
+        able = [name for name, each in BACKENDS.items() if each.supports(heads, q.device, q.dtype)]
+        raise ValueError(f"backend {backend!r} does not take {heads} in {q.dtype} on {q.device}; {able} do")
     if plan.num_tokens:
+        run = BACKENDS[backend].attend
         with torch.no_grad():
-            torch_backend.attend(
-                q, k_pages, v_pages, plan, out, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
-            )
+            run(q, k_pages, v_pages, plan, out, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     return out
 
 

@@ -16,6 +16,16 @@ CPU_TORCH = DeviceProfile(
 )
 """The portable torch path in float32 on two Zen 3 cores."""
 
+CPU_NATIVE = DeviceProfile(
+    "cpu-native",
+    share_us=10.0,
+    kv_element_ns=0.1,
+    state_element_ns=1.0,
+    launch_us=0.0,
+    tile_bytes=2 << 20,
+)
+"""The native kernels on two Zen 3 cores."""
+
 ALWAYS_SHARE = DeviceProfile(
     "always-share",
     share_us=0.0,

@@ -8,6 +8,8 @@ import macaw_kernels
 def test_exported_names() -> None:
     assert macaw_kernels.__all__ == [
         "ALWAYS_SHARE",
+        "BACKENDS",
+        "CPU_NATIVE",
         "CPU_TORCH",
         "NEVER_SHARE",
         "AttentionPlan",
@@ -17,6 +19,8 @@ def test_exported_names() -> None:
         "Planner",
         "WorkItem",
         "attend",
+        "best_backend",
+        "default_profile",
         "merge_states",
         "plan",
         "reference_attend",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile
+from macaw_kernels import ALWAYS_SHARE, NEVER_SHARE, DeviceProfile, default_profile
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
@@ -44,7 +44,7 @@ class EngineCore:
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         hf = loader.load_config(config)
-        profile = _profile(config.sharing)
+        profile = _profile(config.sharing, device, dtype)
         model = loader.load_model(config, hf, device, dtype, on_loading)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
@@ -214,6 +214,8 @@ def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:
     return "internal_error", "The model's logits are not numbers; are its weights sound?"
 
 
-def _profile(sharing: str) -> DeviceProfile:
+def _profile(sharing: str, device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     """The attention planner's cost model for `--sharing`."""
-    return {"auto": CPU_TORCH, "always": ALWAYS_SHARE, "never": NEVER_SHARE}[sharing]
+    if sharing == "auto":
+        return default_profile(device, dtype)
+    return {"always": ALWAYS_SHARE, "never": NEVER_SHARE}[sharing]

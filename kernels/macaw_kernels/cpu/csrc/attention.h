@@ -2,12 +2,29 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "parallel.h"
 
 namespace macaw {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// A block of query rows with one KV head against a range of keys. Empty ranges are allowed.
+struct AttentionTask {
+  int64_t rows;                // own: the first row; shared: index of the first into `shared_rows`
+  int64_t first_key, end_key;  // positions
+  int64_t state;               // slot of the first row's attention state, or -1: the rows go straight to `out`
+  int32_t num_rows, sequence, kv_head, shared;
+};
+
+// Which tasks a plan comes to, the long ones first, and which states make up a row. The same for all layers.
+struct AttentionSchedule {
+  std::vector<AttentionTask> tasks;
+  std::vector<int64_t> row_starts;  // [num_tokens + 1] into slots; a row without any is written by its task
+  std::vector<int64_t> slots;
+  int64_t num_slots = 0;
+};
 
 // One layer's attention. Rows are the step's tokens; see `macaw_kernels.AttentionPlan` for the arrays of the plan.
 struct AttentionArgs {
@@ -16,6 +33,8 @@ struct AttentionArgs {
   const void* k_pages;  // [num_pages, page_size, num_kv_heads, head_dim]
   const void* v_pages;  // [num_pages, page_size, num_kv_heads, v_head_dim]
   void* out;            // [num_tokens, num_q_heads, v_head_dim]
+  int64_t q_row_stride, q_head_stride;      // in elements; the last axis is dense
+  int64_t out_row_stride, out_head_stride;
   const float* sinks;   // [num_q_heads] or null
   float scale;
   float soft_cap;       // 0: none
@@ -35,13 +54,23 @@ struct AttentionArgs {
   const int64_t* shared_len;    // [num_shared] number of keys
   const int64_t* shared_row_starts;  // [num_shared + 1] into shared_rows
   const int64_t* shared_rows;        // ascending within an item
-  // Memory that one step needs, `attention_workspace` bytes, aligned to 64.
+  const AttentionSchedule* schedule;
+  // `attention_workspace` bytes, aligned to 64; the first 256 must be 0 before the first use, and are after each.
   void* workspace;
 };
 
+// The most rows that one task takes.
+int64_t task_rows(const AttentionArgs& args);
+
+// What the layers of a step have in common, from the plan's part of the arguments, their heads and dims and the
+// window. Any number of threads may run it; for `num_threads` the work is divided evenly.
+AttentionSchedule make_schedule(const AttentionArgs& args, int num_threads);
+
+// Bytes: one float32 state (v_head_dim + 1 per query head) for each row of a shared item, for each row of a sequence
+// that has shared items or whose keys are split; and below 1 MiB per thread at head dims up to 256.
 int64_t attention_workspace(const AttentionArgs& args, int num_threads);
 
-// Called by all threads of a team, which meet in it; the last meeting is left to the caller.
+// Called by all threads of a team, which may meet in it once; the last meeting is left to the caller.
 void attend(const AttentionArgs& args, const Team& team);
 
 }  // namespace macaw

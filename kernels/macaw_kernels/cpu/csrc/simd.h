@@ -101,4 +101,21 @@ inline Vec exp(Vec x) {
   return x < splat(-87.33f) ? zero : r;
 }
 
+// 2^x for x <= 0: relative error below 3e-7, 0 below -126 (so also for -inf).
+inline Vec exp2_nonpositive(Vec x) {
+  Vec y = max(x, splat(-126.0f));
+  const Vec magic = splat(12582912.0f);
+  Vec shifted = y + magic;
+  Vec f = y - (shifted - magic);
+  Vec p = splat(1.5403530393381606e-4f);
+  p = p * f + 1.3333558146428443e-3f;
+  p = p * f + 9.618129107628477e-3f;
+  p = p * f + 5.550410866482158e-2f;
+  p = p * f + 2.402265069591007e-1f;
+  p = p * f + 6.931471805599453e-1f;
+  p = p * f + 1.0f;
+  Vec r = of_bits(bits_of(p) + (bits_of(shifted) << 23));
+  return x < splat(-126.0f) ? Vec{} : r;
+}
+
 }  // namespace macaw

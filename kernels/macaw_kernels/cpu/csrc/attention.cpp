@@ -1,0 +1,424 @@
+// Two-phase attention over paged keys and values.
+//
+// For queries q_i, i a pair of a row and a query head of one KV head, and the keys j that row sees:
+//
+//     s_ij = q_i . k_j * scale,   o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)
+//
+// A task takes its keys in blocks that stay in the L1 cache, converted to float32 once for all of its queries, with
+// the running maximum and sum of online softmax. Queries lie in the lanes of vectors: a key's elements are broadcast,
+// so that nothing is ever summed across a vector, and rows of any number and any group size fill the lanes alike.
+// Exponents are to base 2 inside; log2(e) goes with the scale.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <climits>
+#include <new>
+
+#include "simd.h"
+
+namespace macaw {
+
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr int kBlockKeys = 24;
+constexpr int kUnit = 2;  // vectors of queries that are computed together
+constexpr int kPad = 8;   // value columns that a tile may go beyond a row
+constexpr int kUnitLanes = kUnit * kLanes;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+int row_stride(const AttentionArgs& args) {
+  const int dim = std::max(args.head_dim, args.v_head_dim);
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
+// What the threads share at the start of the workspace.
+struct Shared {
+  Counter tasks, rows;
+  alignas(64) std::atomic<int> done{0};
+};
+static_assert(sizeof(Shared) <= 256, "as attention.h says");
+
+// One thread's memory.
+struct Scratch {
+  float *q, *o;       // [units][head_dim or v_head_dim][kUnitLanes]
+  float *top, *total; // [lanes] of online softmax
+  int32_t *first, *end;  // [lanes] the keys that each sees
+  float *k, *v;       // [kBlockKeys][row_stride]
+  float* s;           // [kBlockKeys][kUnitLanes]
+
+  static int64_t lanes(const AttentionArgs& args) {
+    return round_up(task_rows(args) * (args.num_q_heads / args.num_kv_heads), kUnitLanes);
+  }
+  // Lay the arrays out in memory, all of them aligned to 64 bytes; returns how many elements that is.
+  int64_t layout(float* memory, const AttentionArgs& args) {
+    const int64_t n = lanes(args), stride = row_stride(args);
+    int64_t used = 0;
+    const auto take = [&](int64_t size) {
+      float* p = memory ? memory + used : nullptr;
+      used += round_up(size, 16);
+      return p;
+    };
+    q = take(n * args.head_dim);
+    o = take(n * (args.v_head_dim + kPad));
+    top = take(n);
+    total = take(n);
+    first = reinterpret_cast<int32_t*>(take(n));
+    end = reinterpret_cast<int32_t*>(take(n));
+    k = take(kBlockKeys * stride);
+    v = take(kBlockKeys * stride + kPad);
+    s = take(kBlockKeys * kUnitLanes);
+    return used;
+  }
+};
+
+// States: `o` normalised, and the base-2 logarithm of the sum of exponentials; o means nothing where that is -inf.
+struct States {
+  float* o;    // [slots, num_q_heads, v_head_dim]
+  float* lse;  // [slots, num_q_heads]
+};
+
+// Sizes of the workspace's parts, in floats: what is shared, the states, and the threads' scratch.
+struct Sizes {
+  int64_t shared, o, lse, scratch;
+
+  explicit Sizes(const AttentionArgs& args) {
+    const int64_t num_states = args.schedule->num_slots * args.num_q_heads;
+    shared = 256 / sizeof(float);
+    o = round_up(num_states * args.v_head_dim, 16);
+    lse = round_up(num_states, 16);
+    scratch = Scratch().layout(nullptr, args);
+  }
+};
+
+// Some keys' or values' rows of one KV head, as float32, and a hint about those that come next.
+template <class T>
+void gather(const void* pages, const AttentionArgs& args, const AttentionTask& task, int64_t key, int n, int dim,
+            int stride, float* to) {
+  const int64_t* table = args.block_tables + task.sequence * args.table_width;
+  const int64_t slot_stride = int64_t(args.num_kv_heads) * dim;
+  const T* head = static_cast<const T*>(pages) + int64_t(task.kv_head) * dim;
+  int64_t i_page = key / args.page_size, offset = key % args.page_size;
+  for (int i = 0; i < n; i++, to += stride) {
+    const T* from = head + (table[i_page] * args.page_size + offset) * slot_stride;
+    int c = 0;
+    for (; c + kLanes <= dim; c += kLanes) store(to + c, load(from + c));
+    for (; c < dim; c++) to[c] = to_float(from[c]);
+    if (++offset == args.page_size) offset = 0, i_page++;
+  }
+}
+
+template <class T>
+void prefetch(const void* pages, const AttentionArgs& args, const AttentionTask& task, int64_t key, int64_t end,
+              int dim) {
+  const int64_t* table = args.block_tables + task.sequence * args.table_width;
+  const int64_t slot_stride = int64_t(args.num_kv_heads) * dim;
+  const T* head = static_cast<const T*>(pages) + int64_t(task.kv_head) * dim;
+  int64_t i_page = key / args.page_size, offset = key % args.page_size;
+  for (; key < end; key++) {
+    const char* from = reinterpret_cast<const char*>(head + (table[i_page] * args.page_size + offset) * slot_stride);
+    for (int64_t c = 0; c < int64_t(dim * sizeof(T)); c += 64) __builtin_prefetch(from + c);
+    if (++offset == args.page_size) offset = 0, i_page++;
+  }
+}
+
+// s[key][lane] = sum_c q[c][lane] * k[key][c], `n` rounded up to a tile.
+template <int kVecs, int kStride>
+void scores(const float* q, const float* k, int dim, int n, float* s) {
+  constexpr int kKeys = kVecs == 1 || kRegisters == 32 ? 12 : 6;
+  static_assert(kBlockKeys % kKeys == 0);
+  for (int j = 0; j < n; j += kKeys) {
+    Vec sums[kKeys][kVecs] = {};
+    const float* rows = k + j * kStride;
+    for (int c = 0; c < dim; c++) {
+      Vec b_q[kVecs];
+      for (int v = 0; v < kVecs; v++) b_q[v] = load(q + (c * kVecs + v) * kLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < kKeys; i++) {
+        const Vec b_k = splat(rows[i * kStride + c]);
+        for (int v = 0; v < kVecs; v++) sums[i][v] += b_q[v] * b_k;
+      }
+    }
+    for (int i = 0; i < kKeys; i++) {
+      for (int v = 0; v < kVecs; v++) store(s + ((j + i) * kVecs + v) * kLanes, sums[i][v]);
+    }
+  }
+}
+
+// o[c][lane] = o[c][lane] * decay[lane] + sum_key p[key][lane] * v[key][c]
+template <int kVecs, int kStride>
+void accumulate(const float* p, const float* v, int dim, int n, const Vec* decay, float* o) {
+  constexpr int kCols = kVecs == 1 || kRegisters == 32 ? 8 : 6;
+  for (int c = 0; c < dim; c += kCols) {
+    Vec sums[kCols][kVecs];
+    for (int i = 0; i < kCols; i++) {
+      for (int u = 0; u < kVecs; u++) sums[i][u] = load(o + ((c + i) * kVecs + u) * kLanes) * decay[u];
+    }
+    for (int j = 0; j < n; j++) {
+      Vec b_p[kVecs];
+      for (int u = 0; u < kVecs; u++) b_p[u] = load(p + (j * kVecs + u) * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCols; i++) {
+        const Vec b_v = splat(v[j * kStride + c + i]);
+        for (int u = 0; u < kVecs; u++) sums[i][u] += b_p[u] * b_v;
+      }
+    }
+    for (int i = 0; i < kCols; i++) {
+      for (int u = 0; u < kVecs; u++) store(o + ((c + i) * kVecs + u) * kLanes, sums[i][u]);
+    }
+  }
+}
+
+// s := cap * tanh(s / cap), from base e to base 2.
+Vec capped(Vec s, float cap) {
+  const Vec e = exp(s * (2 / cap));
+  return (1.0f - 2.0f / (e + 1.0f)) * (cap * kLog2e);
+}
+
+// Turn `n` keys' scores into weights, against the maximum so far; `decay` is what older sums are worth then.
+template <int kVecs>
+void soften(float* s, int64_t key, int n, float soft_cap, const int32_t* first, const int32_t* end, float* top,
+            float* total, Vec* decay) {
+  const Vec lowest = splat(-INFINITY);
+  for (int u = 0; u < kVecs; u++) {
+    float* column = s + u * kLanes;
+    const Vec old = load(top + u * kLanes);
+    Vec highest = old;
+    if (soft_cap != 0) {
+      for (int j = 0; j < n; j++) store(column + j * kVecs * kLanes, capped(load(column + j * kVecs * kLanes), soft_cap));
+    }
+    if (first) {
+      const VecI from = load_as<VecI>(first + u * kLanes), to = load_as<VecI>(end + u * kLanes);
+      for (int j = 0; j < n; j++) {
+        const VecI at = int32_t(key + j) - VecI{};
+        const Vec x = (at >= from) & (at < to) ? load(column + j * kVecs * kLanes) : lowest;
+        store(column + j * kVecs * kLanes, x);
+        highest = max(highest, x);
+      }
+    } else {
+      for (int j = 0; j < n; j++) highest = max(highest, load(column + j * kVecs * kLanes));
+    }
+    store(top + u * kLanes, highest);
+    // A lane that has seen no key yet: all of its differences must be -inf, not NaN.
+    const Vec base = max(highest, splat(-1e30f));
+    decay[u] = exp2_nonpositive(old - base);
+    Vec sum = load(total + u * kLanes) * decay[u];
+    for (int j = 0; j < n; j++) {
+      const Vec weight = exp2_nonpositive(load(column + j * kVecs * kLanes) - base);
+      store(column + j * kVecs * kLanes, weight);
+      sum += weight;
+    }
+    store(total + u * kLanes, sum);
+  }
+}
+
+// A unit of queries against a block of keys.
+template <int kVecs, int kStride>
+void step(const AttentionArgs& args, const Scratch& b, int64_t unit, int64_t key, int n, bool masked) {
+  const int64_t lane = unit * kUnitLanes;
+  Vec decay[kVecs];
+  scores<kVecs, kStride>(b.q + lane * args.head_dim, b.k, args.head_dim, n, b.s);
+  soften<kVecs>(b.s, key, n, args.soft_cap, masked ? b.first + lane : nullptr, b.end + lane, b.top + lane,
+                b.total + lane, decay);
+  accumulate<kVecs, kStride>(b.s, b.v, args.v_head_dim, n, decay, b.o + lane * (args.v_head_dim + kPad));
+}
+
+// A task's queries, lane by lane.
+struct Lanes {
+  const AttentionArgs& args;
+  const AttentionTask& task;
+  int group = args.num_q_heads / args.num_kv_heads;
+  int count = task.num_rows * group;
+  int vecs = (count + kLanes - 1) / kLanes;
+
+  int64_t row(int lane) const {
+    const int64_t i = task.rows + lane / group;
+    return task.shared ? args.shared_rows[i] : i;
+  }
+  int head(int lane) const { return task.kv_head * group + lane % group; }
+  // Where a lane's elements are in `q` and `o`: the last unit may be one vector wide.
+  int width(int lane) const { return lane / kUnitLanes * kUnit + 1 == vecs ? kLanes : kUnitLanes; }
+};
+
+template <class Q>
+void load_queries(const Lanes& lanes, const Scratch& b) {
+  const AttentionArgs& args = lanes.args;
+  const float scale = args.scale * (args.soft_cap != 0 ? 1.0f : kLog2e);
+  for (int i = 0; i < lanes.vecs * kLanes; i++) {
+    const int width = lanes.width(i);
+    float* to = b.q + i / kUnitLanes * kUnitLanes * args.head_dim + i % kUnitLanes;
+    b.top[i] = -INFINITY;
+    b.total[i] = 0;
+    if (i >= lanes.count) {  // sees what the last one sees, and is never looked at
+      for (int c = 0; c < args.head_dim; c++) to[c * width] = 0;
+      b.first[i] = b.first[i - 1];
+      b.end[i] = b.end[i - 1];
+      continue;
+    }
+    const int64_t row = lanes.row(i), position = args.positions[row];
+    const Q* from = static_cast<const Q*>(args.q) + row * args.q_row_stride + lanes.head(i) * args.q_head_stride;
+    for (int c = 0; c < args.head_dim; c++) to[c * width] = to_float(from[c]) * scale;
+    const int64_t visible = args.window ? position - args.window + 1 : 0;
+    b.first[i] = int32_t(std::max(lanes.task.first_key, visible));
+    b.end[i] = int32_t(std::min(lanes.task.end_key, position + 1));
+  }
+  std::fill_n(b.o, round_up(lanes.count, kUnitLanes) * (args.v_head_dim + kPad), 0.0f);
+}
+
+template <class Q>
+void write(const Lanes& lanes, const Scratch& b, const States& states) {
+  const AttentionArgs& args = lanes.args;
+  for (int i = 0; i < lanes.count; i++) {
+    const int width = lanes.width(i), head = lanes.head(i);
+    const float* from = b.o + i / kUnitLanes * kUnitLanes * (args.v_head_dim + kPad) + i % kUnitLanes;
+    float total = b.total[i];
+    if (lanes.task.state >= 0) {
+      const int64_t state = (lanes.task.state + i / lanes.group) * args.num_q_heads + head;
+      states.lse[state] = total > 0 ? b.top[i] + std::log2(total) : -INFINITY;
+      float* to = states.o + state * args.v_head_dim;
+      for (int c = 0; c < args.v_head_dim; c++) to[c] = from[c * width] / total;
+      continue;
+    }
+    float factor = 1;
+    if (args.sinks) {
+      const float sink = args.sinks[head] * kLog2e, top = std::max(sink, b.top[i]);
+      factor = std::exp2(b.top[i] - top);
+      total = total * factor + std::exp2(sink - top);
+    }
+    factor /= total;
+    Q* to = static_cast<Q*>(args.out) + lanes.row(i) * args.out_row_stride + head * args.out_head_stride;
+    for (int c = 0; c < args.v_head_dim; c++) store_one(to + c, from[c * width] * factor);
+  }
+}
+
+template <class Q, class KV, int kStride>
+void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
+  const Lanes lanes{args, task};
+  load_queries<Q>(lanes, b);
+  const int padded = lanes.vecs * kLanes;
+  const int64_t first = *std::min_element(b.first, b.first + padded), end = *std::max_element(b.end, b.end + padded);
+  for (int64_t key = first; key < end; key += kBlockKeys) {
+    const int n = int(std::min<int64_t>(kBlockKeys, end - key));
+    gather<KV>(args.k_pages, args, task, key, n, args.head_dim, kStride, b.k);
+    gather<KV>(args.v_pages, args, task, key, n, args.v_head_dim, kStride, b.v);
+    const int64_t next = std::min(key + 2 * kBlockKeys, end);
+    prefetch<KV>(args.k_pages, args, task, key + n, next, args.head_dim);
+    prefetch<KV>(args.v_pages, args, task, key + n, next, args.v_head_dim);
+    for (int lane = 0, unit = 0; lane < padded; lane += kUnitLanes, unit++) {
+      const int width = std::min(kUnitLanes, padded - lane);
+      const auto [first_min, first_max] = std::minmax_element(b.first + lane, b.first + lane + width);
+      const auto [end_min, end_max] = std::minmax_element(b.end + lane, b.end + lane + width);
+      if (key >= *end_max || key + n <= *first_min) continue;
+      const bool masked = key < *first_max || key + n > *end_min;
+      const int visible = int(std::min<int64_t>(n, *end_max - key));
+      if (width == kUnitLanes) {
+        step<kUnit, kStride>(args, b, unit, key, visible, masked);
+      } else {
+        step<1, kStride>(args, b, unit, key, visible, masked);
+      }
+    }
+  }
+  write<Q>(lanes, b, states);
+}
+
+// out[row] := the merge of the row's states, the sink as one more key without a value.
+template <class Q>
+void merge_row(const AttentionArgs& args, int64_t row, const States& states, float* o) {
+  const AttentionSchedule& schedule = *args.schedule;
+  const int64_t begin = schedule.row_starts[row], end = schedule.row_starts[row + 1];
+  if (begin == end) return;
+  for (int head = 0; head < args.num_q_heads; head++) {
+    float top = args.sinks ? args.sinks[head] * kLog2e : -INFINITY;
+    for (int64_t i = begin; i < end; i++) top = std::max(top, states.lse[schedule.slots[i] * args.num_q_heads + head]);
+    float total = args.sinks ? std::exp2(args.sinks[head] * kLog2e - top) : 0.0f;
+    std::fill_n(o, args.v_head_dim, 0.0f);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t state = schedule.slots[i] * args.num_q_heads + head;
+      const float weight = std::exp2(states.lse[state] - top);
+      if (weight == 0) continue;  // and its `o` may be NaN
+      total += weight;
+      const float* from = states.o + state * args.v_head_dim;
+      for (int c = 0; c < args.v_head_dim; c++) o[c] += weight * from[c];
+    }
+    Q* to = static_cast<Q*>(args.out) + row * args.out_row_stride + head * args.out_head_stride;
+    for (int c = 0; c < args.v_head_dim; c++) store_one(to + c, o[c] / total);
+  }
+}
+
+template <class Q, class KV, int kStride>
+void run(const AttentionArgs& args, const Team& team) {
+  const AttentionSchedule& schedule = *args.schedule;
+  const Sizes sizes(args);
+  Shared& shared = *static_cast<Shared*>(args.workspace);
+  float* memory = static_cast<float*>(args.workspace) + sizes.shared;
+  const States states{memory, memory + sizes.o};
+  Scratch scratch;
+  scratch.layout(memory + sizes.o + sizes.lse + team.thread * sizes.scratch, args);
+
+  const int64_t num_tasks = int64_t(schedule.tasks.size());
+  for (int64_t i = shared.tasks.next(); i < num_tasks; i = shared.tasks.next()) {
+    run_task<Q, KV, kStride>(args, schedule.tasks[i], scratch, states);
+  }
+  if (schedule.num_slots) {
+    team.barrier->wait();
+    for (int64_t row = shared.rows.next(); row < args.num_tokens; row = shared.rows.next()) {
+      merge_row<Q>(args, row, states, scratch.o);
+    }
+  }
+  // The last to leave makes the counters ready: nobody looks at them any more, and the next use is after a meeting.
+  if (shared.done.fetch_add(1, std::memory_order_acq_rel) + 1 == team.num_threads) {
+    shared.tasks.reset();
+    shared.rows.reset();
+    shared.done.store(0, std::memory_order_relaxed);
+  }
+}
+
+template <class Q, class KV>
+void run_strided(const AttentionArgs& args, const Team& team) {
+  switch (row_stride(args)) {
+    case 64: return run<Q, KV, 64>(args, team);
+    case 128: return run<Q, KV, 128>(args, team);
+    default: return run<Q, KV, 256>(args, team);
+  }
+}
+
+}  // namespace
+
+int64_t task_rows(const AttentionArgs& args) {
+  const int64_t lanes = std::clamp<int64_t>(32768 / (args.head_dim + args.v_head_dim), 2 * kUnitLanes, 256);
+  return std::max<int64_t>(1, lanes / (args.num_q_heads / args.num_kv_heads));
+}
+
+int64_t attention_workspace(const AttentionArgs& args, int num_threads) {
+  const Sizes sizes(args);
+  return sizeof(float) * (sizes.shared + sizes.o + sizes.lse + num_threads * sizes.scratch);
+}
+
+void attend(const AttentionArgs& args, const Team& team) {
+  const bool bf16_q = args.q_dtype == kBFloat16, bf16_kv = args.kv_dtype == kBFloat16;
+  if (bf16_q) {
+    bf16_kv ? run_strided<bf16, bf16>(args, team) : run_strided<bf16, float>(args, team);
+  } else {
+    bf16_kv ? run_strided<float, bf16>(args, team) : run_strided<float, float>(args, team);
+  }
+}
+
+}  // namespace macaw
+
+#define MACAW_EXPORT extern "C" __attribute__((visibility("default")))
+
+MACAW_EXPORT macaw::AttentionSchedule* macaw_attention_schedule(const macaw::AttentionArgs* args, int num_threads) {
+  return new macaw::AttentionSchedule(macaw::make_schedule(*args, num_threads));
+}
+
+MACAW_EXPORT void macaw_attention_schedule_free(macaw::AttentionSchedule* schedule) { delete schedule; }
+
+MACAW_EXPORT int64_t macaw_attention_workspace(const macaw::AttentionArgs* args, int num_threads) {
+  return macaw::attention_workspace(*args, num_threads);
+}
+
+MACAW_EXPORT void macaw_attend(const macaw::AttentionArgs* args, int num_threads) {
+  macaw::run_team(num_threads, [&](const macaw::Team& team) { macaw::attend(*args, team); });
+}
