@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.batches import THREE_LEVELS, Batch, Seq, make_batch
 from macaw_kernels import (
     ALWAYS_SHARE,
+    BACKENDS,
     CPU_TORCH,
     NEVER_SHARE,
     AttentionPlan,
@@ -40,9 +41,19 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def backends(batch: Batch) -> list[str]:
+    """Those that take the batch."""
+    return [name for name, each in BACKENDS.items() if each.supports(batch.heads, batch.q.device, batch.q.dtype)]
+
+
 def check(batch: Batch, profile: DeviceProfile, **options: Any) -> None:
-    got = batch.attend(profile, **options)
-    torch.testing.assert_close(got.double(), batch.reference(**options), rtol=2e-5, atol=2e-6)
+    """Every backend gives the reference's answer."""
+    expected = batch.reference(**options)
+    for backend in backends(batch):
+        got = batch.attend(profile, backend=backend, **options)
+        torch.testing.assert_close(
+            got.double(), expected, rtol=2e-5, atol=2e-6, msg=lambda text, name=backend: f"{name}: {text}"
+        )
 
 
 @PROFILES
@@ -108,9 +119,10 @@ def test_strided_queries_and_output(profile: DeviceProfile) -> None:
     """As a model hands them over: ``[heads, tokens, head_dim]`` in memory."""
     batch = make_batch(THREE_LEVELS, GQA)
     q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
-    out = torch.full((8, len(q), 64), torch.nan).transpose(0, 1)
-    attend(q, batch.k_pages, batch.v_pages, batch.plan(profile), out, scale=batch.scale)
-    torch.testing.assert_close(out.double(), batch.reference(), rtol=2e-5, atol=2e-6)
+    for backend in backends(batch):
+        out = torch.full((8, len(q), 64), torch.nan).transpose(0, 1)
+        attend(q, batch.k_pages, batch.v_pages, batch.plan(profile), out, scale=batch.scale, backend=backend)
+        torch.testing.assert_close(out.double(), batch.reference(), rtol=2e-5, atol=2e-6)
 
 
 def test_dense_path_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +137,9 @@ def test_one_plan_serves_layers_with_different_options(profile: DeviceProfile) -
     batch = make_batch(THREE_LEVELS, GQA)
     plan = batch.plan(profile)
     for options in (*OPTIONS, *reversed(OPTIONS)):
-        got = attend(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, **options)
-        torch.testing.assert_close(got.double(), batch.reference(**options), rtol=2e-5, atol=2e-6)
+        for backend in backends(batch):
+            got = attend(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, backend=backend, **options)
+            torch.testing.assert_close(got.double(), batch.reference(**options), rtol=2e-5, atol=2e-6)
 
 
 # Errors relative to PyTorch's own attention
@@ -156,11 +169,13 @@ def test_error_is_at_most_twice_that_of_sdpa(profile: DeviceProfile, dtype: torc
     ]
     batch = make_batch(sequences, GQA, dtype=dtype)
     truth = batch.reference()
-    got = batch.attend(profile)
-    assert got.dtype == dtype
-    ours, theirs = got.double() - truth, sdpa(batch).double() - truth
-    assert ours.norm() <= 2 * theirs.norm()
-    assert ours.abs().max() <= 2 * theirs.abs().max()
+    theirs = sdpa(batch).double() - truth
+    for backend in backends(batch):
+        got = batch.attend(profile, backend=backend)
+        assert got.dtype == dtype
+        ours = got.double() - truth
+        assert ours.norm() <= 2 * theirs.norm(), backend
+        assert ours.abs().max() <= 2 * theirs.abs().max(), backend
 
 
 # Any forest
@@ -220,6 +235,7 @@ def test_no_tokens() -> None:
         ({"window": 0}, "window is 0; at least 1"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0; more than 0"),
         ({"sinks": torch.zeros(2)}, "sinks has shape"),
+        ({"backend": "cuda"}, r"backend 'cuda' does not take .* on cpu; \[.*'torch'\] do"),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:
