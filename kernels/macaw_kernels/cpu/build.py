@@ -20,10 +20,10 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fPIC -shared -fopenmp -fvisibility=hidden "
-    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -Wall -Wno-psabi"
-).split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-Wall", "-Wno-psabi"),
+]
 _BUILD_TIMEOUT_S = 600
 
 
