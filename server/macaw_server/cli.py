@@ -1,4 +1,4 @@
-"""The `macaw` command: ``macaw serve`` here; other packages add theirs by the entry point group ``macaw.commands``."""
+"""The `macaw` command: `serve` and `bench`; other packages add theirs by the entry point group ``macaw.commands``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from typer.core import TyperGroup
 
+from macaw_server.bench.command import bench
 from macaw_server.config import ServerConfig
 from macaw_server.errors import ConfigError, StartupError
 
@@ -127,3 +128,4 @@ def _derive(command: Any, config: type[ServerConfig]) -> Any:
 
 
 app.command()(_derive(serve, ServerConfig))
+app.add_typer(bench)
