@@ -66,6 +66,14 @@ class EngineConfig(BaseModel):
         default="auto",
         description="Two-phase attention over shared prefixes: by cost model, or forced, or off.",
     )
+    native: bool = Field(
+        default=True,
+        description="CPU: own kernels in C++, compiled on first use, for whatever of the model they cover.",
+    )
+    quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: weights in 8 bits, one scale per output channel (CPU; faster at small batches).",
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )

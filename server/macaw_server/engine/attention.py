@@ -31,10 +31,19 @@ class UnsupportedAttentionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """The shape of one attention layer, as seen in a forward pass."""
+    """One attention layer, as seen in a forward pass.
+
+    Attributes:
+        heads: Its heads.
+        window: Positions a query sees, its own included; None for all.
+        scale: Factor of the scores.
+        soft_cap: Of the scores.
+    """
 
     heads: HeadConfig
     window: int | None
+    scale: float
+    soft_cap: float | None
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one page of this layer takes, K and V."""
@@ -147,7 +156,8 @@ def paged_attention(
     heads = HeadConfig(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
     if layer in batch.seen:
         raise UnsupportedAttentionError(f"two attention layers share layer_idx {layer}")
-    batch.seen[layer] = LayerSpec(heads, sliding_window or None)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    batch.seen[layer] = LayerSpec(heads, sliding_window or None, scale, softcap)
     if batch.kv is None or batch.slot_mapping is None:  # discovering the layers
         return query.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
 
@@ -158,7 +168,7 @@ def paged_attention(
         k_pages,
         v_pages,
         batch.plans[heads],
-        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         window=sliding_window or None,
         soft_cap=softcap,
         sinks=s_aux,

@@ -51,12 +51,19 @@ class EngineCore:
             # Below this size the threads' meeting points cost more than a second thread brings.
             torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1))
         on_loading("checking the model's attention against transformers")
-        layers = prepare(model, config.model, profile)
-        page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in layers.values())
-        pool = size_pool(config, page_bytes=page_bytes, max_model_len=loader.max_model_len(config, hf), device=device)
+        max_model_len = loader.max_model_len(config, hf)
+        prepared = prepare(model, config, profile, max_model_len)
+        page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in prepared.layers.values())
+        pool = size_pool(config, page_bytes=page_bytes, max_model_len=max_model_len, device=device)
         on_loading(f"allocating {pool.num_pages:,} KV pages")
         self._runner = ModelRunner(
-            model, layers, num_pages=pool.num_pages, page_size=config.page_size, dtype=dtype, profile=profile
+            prepared.forward,
+            prepared.layers,
+            num_pages=pool.num_pages,
+            page_size=config.page_size,
+            dtype=dtype,
+            device=device,
+            profile=profile,
         )
         self._config = config
         self._steps = 0
@@ -67,9 +74,10 @@ class EngineCore:
             page_size=config.page_size,
             num_pages=pool.num_pages,
             page_bytes=page_bytes,
-            weight_bytes=weight_bytes,
+            weight_bytes=prepared.weight_bytes,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            backend=prepared.backend,
             eos_token_ids=loader.eos_token_ids(config, model),
         )
         self._scheduler = self._new_scheduler()

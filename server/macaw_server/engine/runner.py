@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from macaw_kernels import DeviceProfile, Planner
-from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV, current_batch
+from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV
+from macaw_server.engine.forward import ForwardPass
 
 
 class Chunk(NamedTuple):
@@ -31,34 +31,35 @@ class Chunk(NamedTuple):
 
 
 class ModelRunner:
-    """Runs a transformers model over a flattened ragged batch with paged K/V.
+    """Runs a model over a flattened ragged batch with paged K/V.
 
     Args:
-        model: A causal language model whose attention implementation is `ATTENTION_NAME`, in eval mode.
-        layers: Shapes of its attention layers, from `discover_layers`.
+        forward: The model.
+        layers: Its attention layers.
         num_pages: Pages in the pool.
         page_size: Tokens per page.
         dtype: Of K/V.
+        device: Of the model.
         profile: The attention planner's cost model.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        forward: ForwardPass,
         layers: dict[int, LayerSpec],
         *,
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
+        device: torch.device,
         profile: DeviceProfile,
     ) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
+        self._forward = forward
+        self._device = device
         self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
         self._planners = {
             heads: Planner(heads, profile, page_size) for heads in {spec.heads for spec in layers.values()}
         }
-        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def run(self, chunks: Seq[Chunk]) -> Tensor:
@@ -84,13 +85,9 @@ class ModelRunner:
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         ends = np.cumsum(lengths).tolist()
         rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        wanted = torch.tensor(rows, dtype=torch.long, device=self._device)
-        keep = {"logits_to_keep": wanted} if self._keeps_rows and rows else {}
-        with current_batch(batch):
-            logits: Tensor = self._model(
-                input_ids=torch.tensor([token_ids], device=self._device),
-                position_ids=torch.from_numpy(any_plan.positions).unsqueeze(0).to(self._device),
-                use_cache=False,
-                **keep,
-            ).logits[0]
-        return (logits if keep else logits[wanted]).float()
+        return self._forward(
+            torch.tensor(token_ids, device=self._device),
+            torch.from_numpy(any_plan.positions).to(self._device),
+            batch,
+            torch.tensor(rows, dtype=torch.long, device=self._device),
+        )

@@ -138,6 +138,7 @@ class EngineInfo:
         weight_bytes: Bytes of the weights.
         device: Such as ``cpu`` or ``cuda:0``.
         dtype: Such as ``bfloat16``.
+        backend: What runs the model: the ``native`` CPU decoder, or ``transformers``' modules.
         eos_token_ids: End-of-sequence ids from the model's generation config.
     """
 
@@ -149,6 +150,7 @@ class EngineInfo:
     weight_bytes: int
     device: str
     dtype: str
+    backend: str
     eos_token_ids: frozenset[int]
 
 

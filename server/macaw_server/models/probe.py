@@ -1,17 +1,24 @@
 """The load-time probe: a model that would answer wrongly through paged attention is refused, not served.
 
 transformers lets us replace a model's attention, but not every architecture goes through the replacement, and some do
-and still compute something else. So every model first answers the same short prompts twice, stock and paged.
+and still compute something else. So every model first answers the same short prompts twice, stock and paged; and a
+third time by the native decoder, where there is one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Sequence as Seq
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from macaw_kernels import DeviceProfile
+from macaw_kernels.cpu.build import NativeBuildError
+from macaw_kernels.cpu.decoder import NativeDecoder
+from macaw_kernels.cpu.linear import WeightType
+from macaw_server.config import EngineConfig
 from macaw_server.engine.attention import (
     ATTENTION_NAME,
     BatchContext,
@@ -19,47 +26,107 @@ from macaw_server.engine.attention import (
     UnsupportedAttentionError,
     current_batch,
 )
+from macaw_server.engine.forward import ForwardPass, NativeForward, StockForward
 from macaw_server.engine.runner import Chunk, ModelRunner
-from macaw_server.errors import ModelLoadError
+from macaw_server.errors import ConfigError, ModelLoadError
+from macaw_server.models.native import NotNativeError, free_weights, read_weights
 
-# How far paged logits may be from stock ones, in standard deviations of the stock logits.
+log = logging.getLogger(__name__)
+
+# How far logits may be from stock ones, in standard deviations of the stock logits.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+_INT8_TOLERANCE = 0.5
+"""Likewise with int8 weights: beyond this the model is not what was trained."""
 
 
-def prepare(model: nn.Module, name: str, profile: DeviceProfile) -> dict[int, LayerSpec]:
-    """Switch `model` to paged attention after checking that it answers as before.
+class Prepared(NamedTuple):
+    """A model that answers through pages.
+
+    Attributes:
+        layers: Its attention layers by ``layer_idx``.
+        forward: Runs it.
+        backend: ``native`` or ``transformers``.
+        weight_bytes: Bytes of its weights, as they are held now.
+    """
+
+    layers: dict[int, LayerSpec]
+    forward: ForwardPass
+    backend: Literal["native", "transformers"]
+    weight_bytes: int
+
+
+def prepare(model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_model_len: int) -> Prepared:
+    """Switch `model` to paged attention, and to the native decoder where there is one, checking its answers.
 
     Args:
         model: In eval mode with transformers' eager attention.
-        name: For messages.
+        config: What is to be served.
         profile: The attention planner's cost model.
-
-    Returns:
-        The shape of each attention layer by ``layer_idx``.
+        max_model_len: No context will be longer.
 
     Raises:
         ModelLoadError: The architecture is not supported; the message says why.
+        ConfigError: Quantization was asked for, and this model cannot have it.
     """
-    config: Any = model.config
-    prompts = _prompts(config.get_text_config().vocab_size)
+    hf: Any = model.config
+    prompts = _prompts(hf.get_text_config().vocab_size)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with torch.inference_mode():
         stock = [_stock_logits(model, prompt) for prompt in prompts]
+        forward = StockForward(model)
         try:
             layers = _discover(model)
-            paged = _paged_logits(model, layers, prompts, profile)
+            error = _error(_paged_logits(model, forward, layers, prompts, profile), stock)
         except UnsupportedAttentionError as e:
-            raise _refusal(model, name, str(e)) from e
-    for prompt, expected, seen in zip(prompts, stock, paged, strict=True):
-        error = ((seen - expected).abs().max() / expected.std().clamp_min(1e-6)).item()
+            raise _refusal(model, config.model, str(e)) from e
         tolerance = _TOLERANCE[next(model.parameters()).dtype]
         if not error <= tolerance:
-            raise _refusal(
-                model,
-                name,
-                f"on a probe of {len(prompt)} tokens its logits are off by {error:.2g} standard deviations "
-                f"(accepted: {tolerance:g})",
-            )
-    return layers
+            reason = f"on a probe its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})"
+            raise _refusal(model, config.model, reason)
+        try:
+            decoder = _native(model, config, layers, max_model_len)
+            error = _error(_paged_logits(model, NativeForward(decoder), layers, prompts, profile), stock)
+            tolerance = _INT8_TOLERANCE if config.quantization == "int8" else tolerance
+            if not error <= tolerance:
+                raise NotNativeError(f"its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})")
+        except (NotNativeError, NativeBuildError) as e:
+            if config.quantization is not None:
+                raise ConfigError(
+                    f"--quantization {config.quantization} needs the native CPU decoder, and {config.model} cannot "
+                    f"have it: {e}. Serve without --quantization."
+                ) from e
+            log.info("%s runs on transformers' own modules, not on the native CPU decoder: %s", config.model, e)
+            return Prepared(layers, forward, "transformers", weight_bytes)
+    log.info(
+        "%s runs on the native CPU decoder with %s weights; logits of a probe differ from transformers' by %.2g "
+        "standard deviations",
+        config.model,
+        decoder.weight_type,
+        error,
+    )
+    free_weights(model)
+    return Prepared(layers, NativeForward(decoder), "native", decoder.weight_bytes)
+
+
+def _native(model: nn.Module, config: EngineConfig, layers: dict[int, LayerSpec], max_model_len: int) -> NativeDecoder:
+    """The model with its weights packed."""
+    if not config.native:
+        raise NotNativeError("native kernels are switched off")
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        raise NotNativeError(f"it is on {parameter.device}")
+    stored: dict[torch.dtype, WeightType] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    if parameter.dtype not in stored:
+        raise NotNativeError(f"its weights are {parameter.dtype}; float32 and bfloat16 are covered")
+    try:
+        return NativeDecoder(read_weights(model, layers, max_model_len), config.quantization or stored[parameter.dtype])
+    except (AttributeError, ValueError) as e:  # modules named or shaped unlike their family's
+        raise NotNativeError(str(e)) from e
+
+
+def _error(seen: Seq[Tensor], expected: Seq[Tensor]) -> float:
+    """The largest difference between logits, in standard deviations of the expected ones."""
+    return max(((a - b).abs().max() / b.std().clamp_min(1e-6)).item() for a, b in zip(seen, expected, strict=True))
 
 
 def _refusal(model: nn.Module, name: str, reason: str) -> ModelLoadError:
@@ -102,11 +169,23 @@ def _discover(model: nn.Module) -> dict[int, LayerSpec]:
 
 
 def _paged_logits(
-    model: nn.Module, layers: dict[int, LayerSpec], prompts: list[list[int]], profile: DeviceProfile
+    model: nn.Module,
+    forward: ForwardPass,
+    layers: dict[int, LayerSpec],
+    prompts: list[list[int]],
+    profile: DeviceProfile,
 ) -> list[Tensor]:
     """The same prompts as one ragged batch: chunked, with a shared prefix, and with a decode step at the end."""
-    dtype = next(model.parameters()).dtype
-    runner = ModelRunner(model, layers, num_pages=8, page_size=16, dtype=dtype, profile=profile)
+    parameter = next(model.parameters())
+    runner = ModelRunner(
+        forward,
+        layers,
+        num_pages=8,
+        page_size=16,
+        dtype=parameter.dtype,
+        device=parameter.device,
+        profile=profile,
+    )
     first, second, third = prompts
     tables = [[5, 2, 7], [5, 2, 1], [4, 0]]
     runner.run([Chunk(first[:20], 0, tables[0], False), Chunk(third[:-1], 0, tables[2], False)])

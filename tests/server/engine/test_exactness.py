@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.types import EngineRequest, SamplingParams
+from macaw_server.models.native import FAMILIES
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, save_model
 
 NUM_OUTPUT = 16
@@ -73,8 +74,14 @@ def run(core: EngineCore, requests: list[EngineRequest], late: int = 0) -> dict[
     return answers
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_equals_transformers(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "native"),
+    [
+        *((model_type, True) for model_type in sorted(ARCHITECTURES)),
+        *((model_type, False) for model_type in ("llama", "gemma3_text", "gpt_oss", "deepseek_v3")),
+    ],
+)
+def test_equals_transformers(model_type: str, native: bool, tmp_path: Path) -> None:
     model = save_model(tmp_path / model_type, model_type)
     page_bytes = EngineCore(EngineConfig(model=str(tmp_path / model_type), dtype="float32")).info.page_bytes
     core = EngineCore(
@@ -87,8 +94,10 @@ def test_equals_transformers(model_type: str, tmp_path: Path) -> None:
             max_num_seqs=6,
             max_num_batched_tokens=24,  # every longer prompt is prefilled in chunks
             sharing="always",
+            native=native,
         )
     )
+    assert core.info.backend == ("native" if native and model_type in FAMILIES else "transformers")
     params = SamplingParams(max_tokens=NUM_OUTPUT, temperature=0, logprobs=0)
     requests = [EngineRequest(f"r{i}", prompt, params) for i, prompt in enumerate(prompts())]
     answers = run(core, requests, late=2)

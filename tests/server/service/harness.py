@@ -56,7 +56,7 @@ class ScriptedEngine:
     """
 
     def __init__(self, script=None, held=False):
-        self.info = EngineInfo(400, MAX_MODEL_LEN, 16, 64, 4096, 10**6, "cpu", "float32", frozenset({EOS}))
+        self.info = EngineInfo(400, MAX_MODEL_LEN, 16, 64, 4096, 10**6, "cpu", "float32", "native", frozenset({EOS}))
         self.status = "running"
         self.script = script or {}
         self.requests: list[EngineRequest] = []
