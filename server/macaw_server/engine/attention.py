@@ -82,12 +82,14 @@ class BatchContext:
         plans: The attention plan of the batch for each head shape among the layers.
         slot_mapping: ``[total_tokens]`` int64, page * page_size + offset, where each token's K/V goes.
         kv: The page tensors; None while the layers are being discovered.
+        backend: Runs the attention; None is the best for these layers.
         seen: Filled on the way: the layers that called, and their shapes.
     """
 
     plans: dict[HeadConfig, AttentionPlan] = field(default_factory=dict)
     slot_mapping: Tensor | None = None
     kv: PagedKV | None = None
+    backend: str | None = None
     seen: dict[int, LayerSpec] = field(default_factory=dict)
 
 
@@ -172,6 +174,7 @@ def paged_attention(
         window=sliding_window or None,
         soft_cap=softcap,
         sinks=s_aux,
+        backend=batch.backend,
     )
     return out.unsqueeze(0), None
 

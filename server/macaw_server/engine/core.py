@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from macaw_kernels import ALWAYS_SHARE, NEVER_SHARE, DeviceProfile, default_profile
+from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
@@ -44,7 +44,7 @@ class EngineCore:
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         hf = loader.load_config(config)
-        profile = _profile(config.sharing, device, dtype)
+        profile = _profile(config, device, dtype)
         model = loader.load_model(config, hf, device, dtype, on_loading)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
@@ -64,6 +64,7 @@ class EngineCore:
             dtype=dtype,
             device=device,
             profile=profile,
+            attention_backend=None if config.native else "torch",
         )
         self._config = config
         self._steps = 0
@@ -222,8 +223,10 @@ def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:
     return "internal_error", "The model's logits are not numbers; are its weights sound?"
 
 
-def _profile(sharing: str, device: torch.device, dtype: torch.dtype) -> DeviceProfile:
+def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> DeviceProfile:
     """The attention planner's cost model for `--sharing`."""
-    if sharing == "auto":
-        return default_profile(device, dtype)
-    return {"always": ALWAYS_SHARE, "never": NEVER_SHARE}[sharing]
+    if config.sharing != "auto":
+        return {"always": ALWAYS_SHARE, "never": NEVER_SHARE}[config.sharing]
+    if device.type == "cpu" and not config.native:
+        return CPU_TORCH
+    return default_profile(device, dtype)

@@ -41,6 +41,7 @@ class ModelRunner:
         dtype: Of K/V.
         device: Of the model.
         profile: The attention planner's cost model.
+        attention_backend: Runs the attention of transformers' modules; None is the best for their heads.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class ModelRunner:
         dtype: torch.dtype,
         device: torch.device,
         profile: DeviceProfile,
+        attention_backend: str | None = None,
     ) -> None:
         self._forward = forward
         self._device = device
+        self._attention_backend = attention_backend
         self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
         self._planners = {
             heads: Planner(heads, profile, page_size) for heads in {spec.heads for spec in layers.values()}
@@ -81,6 +84,7 @@ class ModelRunner:
             plans=plans,
             slot_mapping=torch.from_numpy(any_plan.slot_mapping()).to(self._device),
             kv=self._kv,
+            backend=self._attention_backend,
         )
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         ends = np.cumsum(lengths).tolist()

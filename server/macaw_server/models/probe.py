@@ -74,9 +74,10 @@ def prepare(model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_
     with torch.inference_mode():
         stock = [_stock_logits(model, prompt) for prompt in prompts]
         forward = StockForward(model)
+        attention_backend = None if config.native else "torch"
         try:
             layers = _discover(model)
-            error = _error(_paged_logits(model, forward, layers, prompts, profile), stock)
+            error = _error(_paged_logits(model, forward, layers, prompts, profile, attention_backend), stock)
         except UnsupportedAttentionError as e:
             raise _refusal(model, config.model, str(e)) from e
         tolerance = _TOLERANCE[next(model.parameters()).dtype]
@@ -174,6 +175,7 @@ def _paged_logits(
     layers: dict[int, LayerSpec],
     prompts: list[list[int]],
     profile: DeviceProfile,
+    attention_backend: str | None = None,
 ) -> list[Tensor]:
     """The same prompts as one ragged batch: chunked, with a shared prefix, and with a decode step at the end."""
     parameter = next(model.parameters())
@@ -185,6 +187,7 @@ def _paged_logits(
         dtype=parameter.dtype,
         device=parameter.device,
         profile=profile,
+        attention_backend=attention_backend,
     )
     first, second, third = prompts
     tables = [[5, 2, 7], [5, 2, 1], [4, 0]]
