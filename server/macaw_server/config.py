@@ -74,6 +74,17 @@ class EngineConfig(BaseModel):
         default=None,
         description="int8: weights in 8 bits, one scale per output channel (CPU; faster at small batches).",
     )
+    speculative_tokens: int = Field(
+        default=8,
+        ge=0,
+        le=64,
+        description="Draft tokens by prompt lookup, per sequence and step at most; 0: no speculative decoding.",
+    )
+    speculative_ridge: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Tokens of a step that cost as much to compute as the weights cost to read: "
+        "the fewer, the surer a draft must be; default by device.",
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from macaw_server.deep_thread import deep_thread
 from macaw_server.engine.types import EngineRequest
+from macaw_server.scheduler import Proposer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -31,6 +32,19 @@ class Released(NamedTuple):
 
     request: EngineRequest
     error: tuple[str, str] | None
+
+
+class GrammarDrafts:
+    """Proposes what another proposer does, as far as the grammar of the sequence allows it."""
+
+    def __init__(self, proposer: Proposer, grammar: GrammarState) -> None:
+        self._proposer = proposer
+        self._grammar = grammar
+
+    def propose(self, token_ids: Seq[int], limit: int) -> list[int]:
+        """See `Proposer`."""
+        drafts = self._proposer.propose(token_ids, limit)
+        return drafts[: self._grammar.num_allowed(drafts)]
 
 
 class ConstrainedRequests:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile
 from macaw_server.config import EngineConfig
-from macaw_server.engine.constrained import ConstrainedRequests
+from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
@@ -21,12 +23,24 @@ from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, E
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.probe import prepare
-from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, make_policy
+from macaw_server.scheduler import (
+    Proposer,
+    ProposerFactory,
+    ScheduledBatch,
+    ScheduledChunk,
+    Scheduler,
+    SchedulerConfig,
+    make_policy,
+    prompt_lookup,
+)
 
 if TYPE_CHECKING:
-    from macaw_server.engine.grammar import GrammarState
+    from macaw_server.engine.grammar import GrammarState, Masks
 
 log = logging.getLogger(__name__)
+
+_RIDGE = {"cpu": 8.0, "cuda": 128.0}
+"""`--speculative-ridge` by device."""
 
 
 class EngineCore:
@@ -35,12 +49,18 @@ class EngineCore:
     Args:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
+        make_proposer: Makes what proposes a request's draft tokens.
 
     Raises:
         StartupError: The model cannot be served; the message says why and what to do.
     """
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        make_proposer: ProposerFactory = prompt_lookup,
+    ) -> None:
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         hf = loader.load_config(config)
@@ -67,6 +87,7 @@ class EngineCore:
             attention_backend=None if config.native else "torch",
         )
         self._config = config
+        self._make_proposer = make_proposer
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
@@ -152,48 +173,49 @@ class EngineCore:
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
             max_model_len=self.info.max_model_len,
+            max_draft_tokens=self._config.speculative_tokens,
+            ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
-        return Scheduler(config, cache, make_policy(self._config.policy))
+        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
 
-    def _run(self, batch: ScheduledBatch) -> dict[str, Sampled]:
-        """Forward pass and sampling; the choice of each sequence that samples."""
-        chunks = [
-            Chunk(c.sequence.token_ids[c.start : c.start + c.length], c.start, c.sequence.block_table, c.samples)
-            for c in batch.chunks
-        ]
-        sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
-        masks = self._constrained.begin_masks((s.request_id, ()) for s in sequences)
-        logits = self._runner.run(chunks)
+    def _proposer(self, request: EngineRequest) -> Proposer:
+        """What drafts a request's tokens; of a constrained one only what its grammar allows."""
+        proposer = self._make_proposer(request)
+        grammar = self._constrained.state(request.request_id)
+        return proposer if grammar is None else GrammarDrafts(proposer, grammar)
+
+    def _run(self, batch: ScheduledBatch) -> dict[str, Seq[Sampled]]:
+        """Forward pass and sampling; the choices of each sequence that samples, as far as its drafts hold."""
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling)
+        logits = self._runner.run(
+            [Chunk(c.token_ids, c.start, c.sequence.block_table, c.num_samples) for c in batch.chunks]
+        )
         allowed = masks()
-        rows = []
-        for s in sequences:
-            mask = allowed.get(s.request_id)
-            rows.append(
-                Row(s.request.sampling, s.token_ids, len(s.request.prompt_ids), None if mask is None else mask[0])
-            )
-        return {s.request_id: choice for s, choice in zip(sequences, sample(logits, rows), strict=True)}
+        choices = iter(sample(logits, [row for c in sampling for row in _rows(c, allowed.get(c.sequence.request_id))]))
+        return {c.sequence.request_id: _verified(c.drafts, list(islice(choices, c.num_samples))) for c in sampling}
 
-    def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Sampled]) -> list[EngineOutput]:
+    def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
         outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted}
         tokens: dict[str, list[int]] = {}
         complete: set[str] = set()
-        for request_id, choice in sampled.items():
+        for request_id, choices in sampled.items():
             output = outputs.setdefault(request_id, EngineOutput(request_id))
-            chosen = [] if choice.token is None else [choice.token]
+            chosen = [choice.token for choice in choices if choice.token is not None]
             grammar = self._constrained.state(request_id)
             if grammar is not None:
                 chosen = chosen[: grammar.accept(chosen)]
             if grammar is not None and grammar.over:
                 complete.add(request_id)
-            elif not chosen:
+            elif not chosen:  # behind drafts that hold the next step finds out
                 output.error = _why_no_token(grammar)
                 self._scheduler.abort(request_id, keep_pages=False)
                 self._constrained.drop(request_id)
                 continue
             tokens[request_id] = output.token_ids = chosen
-            output.logprobs = None if choice.logprobs is None else [choice.logprobs][: len(chosen)]
+            output.logprobs = [c.logprobs for c in choices[: len(chosen)] if c.logprobs is not None] or None
         for sequence in self._scheduler.update(batch, tokens, complete):
             outputs[sequence.request_id].finish_reason = sequence.finish_reason
             self._constrained.drop(sequence.request_id)
@@ -214,6 +236,20 @@ class EngineCore:
             outputs = sequence.token_ids[len(sequence.request.prompt_ids) :]
             self._scheduler.add(replace(sequence.request, output_ids=outputs), now_s)
         return [EngineOutput(request_id, error=("internal_error", message)) for request_id in failed]
+
+
+def _rows(chunk: ScheduledChunk, masks: Masks | None) -> Iterator[Row]:
+    """The rows of a chunk that samples, one after each number of its drafts."""
+    sequence, drafts = chunk.sequence, chunk.drafts
+    params, num_prompt = sequence.request.sampling, len(sequence.request.prompt_ids)
+    for i in range(chunk.num_samples):
+        yield Row(params, sequence.token_ids, num_prompt, drafts[:i], None if masks is None else masks[i])
+
+
+def _verified(drafts: Seq[int], choices: Seq[Sampled]) -> Seq[Sampled]:
+    """The choices up to the first that is not its draft; what follows was computed after a wrong token."""
+    num_right = next((i for i, (d, c) in enumerate(zip(drafts, choices, strict=False)) if d != c.token), len(drafts))
+    return choices[: num_right + 1]
 
 
 def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:

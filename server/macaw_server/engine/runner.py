@@ -1,4 +1,4 @@
-"""The model runner: one ragged batch in, one row of logits per sampled sequence out."""
+"""The model runner: one ragged batch in, one row of logits per sampled token out."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Chunk(NamedTuple):
         token_ids: The tokens to compute.
         start: Position of the first of them.
         block_table: Pages of the sequence, in order; they cover ``start + len(token_ids)`` tokens.
-        samples: Whether logits of the last token are wanted.
+        num_samples: Logits of so many of the last tokens are wanted.
     """
 
     token_ids: Seq[int]
     start: int
     block_table: Seq[int]
-    samples: bool
+    num_samples: int
 
 
 class ModelRunner:
@@ -73,7 +73,7 @@ class ModelRunner:
                 layer all K/V is stored before attention runs.
 
         Returns:
-            ``[num_samples, vocab_size]`` float32 logits, in the order of the chunks that sample.
+            ``[num_samples, vocab_size]`` float32 logits of all chunks, in order.
         """
         lengths = np.array([len(chunk.token_ids) for chunk in chunks])
         context_lens = np.array([chunk.start for chunk in chunks]) + lengths
@@ -88,7 +88,7 @@ class ModelRunner:
         )
         token_ids = [token for chunk in chunks for token in chunk.token_ids]
         ends = np.cumsum(lengths).tolist()
-        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - chunk.num_samples, end)]
         return self._forward(
             torch.tensor(token_ids, device=self._device),
             torch.from_numpy(any_plan.positions).to(self._device),

@@ -26,18 +26,20 @@ class Row(NamedTuple):
         params: How to choose.
         token_ids: Prompt and output so far.
         num_prompt: How many of them are the prompt.
+        drafts: Output that this row takes for granted, behind `token_ids`.
         mask: Tokens that the grammar allows, packed as in `engine.grammar`; None allows all.
     """
 
     params: SamplingParams
     token_ids: Seq[int]
     num_prompt: int
+    drafts: tuple[int, ...] = ()
     mask: NDArray[np.int32] | None = None
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt
+        """Tokens generated before this one."""
+        return len(self.token_ids) + len(self.drafts) - self.num_prompt
 
 
 class Sampled(NamedTuple):
@@ -100,12 +102,13 @@ def _adjust(logits: Tensor, row: Row) -> None:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if params.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
+        ids = torch.tensor(sorted({*row.token_ids, *row.drafts}), device=logits.device)
         values = logits[ids]
         penalty = params.repetition_penalty
         logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.num_output:
         counts = Counter(row.token_ids[row.num_prompt :])
+        counts.update(row.drafts)
         penalties = [params.presence_penalty + params.frequency_penalty * n for n in counts.values()]
         logits[torch.tensor(list(counts), device=logits.device)] -= torch.tensor(penalties, device=logits.device)
     if row.num_output < params.min_tokens and params.stop_token_ids and row.mask is None:  # else the mask knows

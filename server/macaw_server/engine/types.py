@@ -158,8 +158,8 @@ class EngineInfo:
 class EngineStats:
     """Counters and gauges of one engine since it started.
 
-    `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time; all other
-    names say it.
+    `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time;
+    `draft_tokens` were guessed and verified, and `accepted_tokens` of them were right; all other names say it.
     """
 
     steps: int = 0
@@ -172,6 +172,8 @@ class EngineStats:
     cached_tokens: int = 0
     computed_tokens: int = 0
     output_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     evicted_pages: int = 0
     forward_s: float = 0.0

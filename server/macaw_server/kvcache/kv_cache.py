@@ -133,8 +133,30 @@ class KVCache:
         allocation.block_table += self.pool.allocate(1)
         return True
 
+    def lend(self, allocation: Allocation, num_tokens: int, *, reserve: int) -> int:
+        """Make room for draft tokens behind those that are computed; returns for how many there is room.
+
+        Drafts are not computed until they are accepted: no page counts them, and no page that holds one gets
+        into the tree. `trim` takes the pages back.
+
+        Args:
+            allocation: Of a request that decodes.
+            num_tokens: Wanted.
+            reserve: Pages that must be available afterwards.
+        """
+        wanted = allocation.num_computed + num_tokens
+        while (room := len(allocation.block_table) * self.page_size) < wanted and self._make_room(1, reserve):
+            allocation.block_table += self.pool.allocate(1)
+        return min(num_tokens, room - allocation.num_computed)
+
+    def trim(self, allocation: Allocation) -> None:
+        """Free the pages behind the computed tokens of a request that decodes."""
+        num_pages = -(-allocation.num_computed // self.page_size)
+        self.pool.free(allocation.block_table[num_pages:])
+        del allocation.block_table[num_pages:]
+
     def mark_computed(self, allocation: Allocation, num_tokens: int) -> None:
-        """Note that the next `num_tokens` tokens are scheduled; pages that they fill are ready."""
+        """Note that the next `num_tokens` tokens are scheduled, or accepted; pages that they fill are ready."""
         allocation.num_computed += num_tokens
         assert allocation.num_computed <= len(allocation.block_table) * self.page_size, (
             f"{allocation.num_computed} tokens computed in {len(allocation.block_table)} pages"

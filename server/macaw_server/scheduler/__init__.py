@@ -1,7 +1,9 @@
 """Which calls run in the next step, and in what order. Pure: no clock, no I/O, no tensors."""
 
 from macaw_server.scheduler.policy import AGEING_S, AppPolicy, FcfsPolicy, Policy, make_policy
+from macaw_server.scheduler.prompt_lookup import PromptLookup
 from macaw_server.scheduler.scheduler import Scheduler
+from macaw_server.scheduler.speculation import Proposer, ProposerFactory, prompt_lookup
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -15,6 +17,9 @@ __all__ = [
     "AppPolicy",
     "FcfsPolicy",
     "Policy",
+    "PromptLookup",
+    "Proposer",
+    "ProposerFactory",
     "ScheduledBatch",
     "ScheduledChunk",
     "Scheduler",
@@ -22,4 +27,5 @@ __all__ = [
     "Sequence",
     "SequenceStatus",
     "make_policy",
+    "prompt_lookup",
 ]

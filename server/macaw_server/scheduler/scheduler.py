@@ -10,6 +10,7 @@ from dataclasses import replace
 from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
 from macaw_server.kvcache import Blocked, KVCache
 from macaw_server.scheduler.policy import Policy, make_policy
+from macaw_server.scheduler.speculation import Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -38,17 +39,28 @@ class Scheduler:
     - Admission takes free and evictable pages only, and leaves one page for each running sequence to grow
       into. Pages for decoding may be taken from other sequences (`Policy.preemption_order`); nobody is
       admitted in a step that preempts.
+    - Drafts get what is left then: tokens of the budget, and pages that are free or can be evicted, less one
+      for each running sequence. The pages go back at the end of the step, so speculation neither preempts nor
+      holds up anybody.
 
     Args:
         config: Limits. No sequence gets longer than the page pool, whatever `max_model_len` says.
         kv_cache: Used by this scheduler alone.
         policy: Default: ``app``.
+        make_proposer: Makes what proposes a request's draft tokens.
     """
 
-    def __init__(self, config: SchedulerConfig, kv_cache: KVCache, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv_cache: KVCache,
+        policy: Policy | None = None,
+        make_proposer: ProposerFactory = prompt_lookup,
+    ) -> None:
         self.config = config
         self.kv_cache = kv_cache
         self.policy = policy or make_policy()
+        self._make_proposer = make_proposer
         self._max_len = min(config.max_model_len, kv_cache.num_pages * kv_cache.page_size)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
@@ -134,6 +146,8 @@ class Scheduler:
             budget -= self._run(batch, sequence, budget)
         if not batch.preempted:
             self._admit(batch, budget, now_s)
+        if self.config.max_draft_tokens:
+            self._speculate(batch)
         assert batch.chunks or not self.has_work, f"{len(self._sequences)} sequences and nothing to run"
         return batch
 
@@ -144,7 +158,8 @@ class Scheduler:
 
         Args:
             batch: As scheduled.
-            sampled: By request id. Tokens of sequences that were aborted meanwhile are ignored.
+            sampled: By request id: the drafts that were accepted, and the token sampled after them. Tokens of
+                sequences that were aborted meanwhile are ignored.
             complete: Requests whose output is complete with these tokens, whatever their limits say; only these
                 may have none.
         """
@@ -156,6 +171,12 @@ class Scheduler:
             tokens = sampled[sequence.request_id]
             sequence.token_ids += tokens
             self._stats.output_tokens += len(tokens)
+            if chunk.drafts:
+                num_accepted = max(len(tokens) - 1, 0)
+                self.kv_cache.mark_computed(sequence.pages, num_accepted)
+                self.kv_cache.trim(sequence.pages)
+                self._stats.draft_tokens += len(chunk.drafts)
+                self._stats.accepted_tokens += num_accepted
             is_complete = sequence.request_id in complete
             sequence.finish_reason = "stop" if is_complete else self._finish_reason(sequence)
             if sequence.finish_reason:
@@ -223,6 +244,33 @@ class Scheduler:
                 self._stats.cached_tokens += pages.num_cached
                 batch.admitted.append(sequence)
             budget -= self._run(batch, sequence, budget)
+
+    def _speculate(self, batch: ScheduledBatch) -> None:
+        """Add drafts to the chunks that decode, where they pay."""
+        decodes = [(i, c) for i, c in enumerate(batch.chunks) if c.samples and c.length == 1]
+        lengths = draft_lengths(
+            guesses := [self._guess(chunk.sequence) for _, chunk in decodes],
+            num_sampled=sum(chunk.samples for chunk in batch.chunks),
+            ridge=self.config.ridge,
+            budget=self.config.max_num_batched_tokens - batch.num_tokens,
+        )
+        for (i, chunk), guess, length in zip(decodes, guesses, lengths, strict=True):
+            if length:
+                room = self.kv_cache.lend(chunk.sequence.pages, length, reserve=len(self._running))
+                batch.chunks[i] = chunk._replace(drafts=tuple(guess.token_ids[:room]))
+
+    def _guess(self, sequence: Sequence) -> Guess:
+        """What may come next, cut before a token that would stop the sequence and before its last place.
+
+        Such a token needs no draft: the row before it samples it anyway, and no row follows.
+        """
+        sampling = sequence.request.sampling
+        if sequence.drafter is None:
+            sequence.drafter = Drafter(self._make_proposer(sequence.request))
+        left = min(sampling.max_tokens - sequence.num_outputs, self._max_len - len(sequence.token_ids))
+        guess = sequence.drafter.guess(sequence.token_ids, min(self.config.max_draft_tokens, left - 1))
+        stop = next((i for i, token in enumerate(guess.token_ids) if token in sampling.stop_token_ids), None)
+        return guess._replace(token_ids=guess.token_ids[:stop])
 
     def _run(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
         """Put as much of a sequence into the batch as the budget allows; returns the number of tokens."""

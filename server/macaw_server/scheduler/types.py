@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from macaw_server.engine.types import EngineRequest, FinishReason
 from macaw_server.kvcache import Allocation
+from macaw_server.scheduler.speculation import Drafter
 
 
 class SequenceStatus(Enum):
@@ -31,12 +32,16 @@ class SchedulerConfig:
             place.
         max_model_len: Prompt plus output of a sequence, in tokens.
         max_prefill_chunk: Prompt tokens of one sequence in one step; None leaves it to the budget.
+        max_draft_tokens: Draft tokens of one sequence in one step; 0 is no speculation.
+        ridge: Rows of a step that cost as much as the step does without any; see `speculation`.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     max_prefill_chunk: int | None = None
+    max_draft_tokens: int = 0
+    ridge: float = 8.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -65,6 +70,7 @@ class Sequence:
         allocation: Its pages while it is running.
         cached_tokens: Prompt tokens found in the cache when it first entered a batch.
         num_preemptions: How often it lost its pages.
+        drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
     """
 
     request: EngineRequest
@@ -76,6 +82,7 @@ class Sequence:
     allocation: Allocation | None = None
     cached_tokens: int | None = None
     num_preemptions: int = 0
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_ids + self.request.output_ids
@@ -113,19 +120,32 @@ class Sequence:
 
 
 class ScheduledChunk(NamedTuple):
-    """Tokens ``[start, start + length)`` of a sequence, to be run in this step.
+    """Tokens ``[start, start + length)`` of a sequence, to be run in this step, and drafts to follow them.
 
     Attributes:
-        sequence: Whose; its block table covers the chunk.
+        sequence: Whose; its block table covers the chunk, drafts included.
         start: Position of the first token.
         length: Number of tokens.
         samples: Whether the chunk ends with the sequence's last token, so that the next one is sampled.
+        drafts: Tokens that may come next, to be verified: each of them gets a sample too. None of them stops
+            the sequence or takes its last place, so only the last token that is accepted can end it.
     """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What to run."""
+        return [*self.sequence.token_ids[self.start : self.start + self.length], *self.drafts]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows, the last ones of the chunk, from which a token is sampled."""
+        return 1 + len(self.drafts) if self.samples else 0
 
 
 @dataclass(slots=True)
@@ -145,5 +165,5 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all chunks."""
-        return sum(chunk.length for chunk in self.chunks)
+        """Tokens of all chunks, drafts included."""
+        return sum(chunk.length + len(chunk.drafts) for chunk in self.chunks)

@@ -20,6 +20,8 @@ _ENGINE_COUNTERS = {
     "cached_prompt_tokens": ("cached_tokens", "Prompt tokens that were found in the KV cache."),
     "computed_prompt_tokens": ("computed_tokens", "Prompt tokens that were computed."),
     "output_tokens": ("output_tokens", "Tokens generated."),
+    "draft_tokens": ("draft_tokens", "Tokens guessed by prompt lookup and verified."),
+    "accepted_draft_tokens": ("accepted_tokens", "Guessed tokens that were right."),
     "preemptions": ("preemptions", "Requests taken out of the batch for want of pages."),
     "evicted_pages": ("evicted_pages", "Cached pages given up for others."),
     "engine_forward_seconds": ("forward_s", "Time in the model."),

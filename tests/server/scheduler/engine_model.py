@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 from macaw_server.engine.types import CallClass, CallHints, EngineRequest, SamplingParams
 from macaw_server.kvcache import KVCache
-from macaw_server.scheduler import Policy, ScheduledBatch, Scheduler, SchedulerConfig, Sequence, make_policy
+from macaw_server.scheduler import (
+    Policy,
+    ProposerFactory,
+    ScheduledBatch,
+    ScheduledChunk,
+    Scheduler,
+    SchedulerConfig,
+    Sequence,
+    SequenceStatus,
+    make_policy,
+    prompt_lookup,
+)
 from server.kvcache.kv_memory import KVMemory, prefix_hashes
 
 STOP = 9
@@ -47,6 +60,21 @@ def generate(asked: EngineRequest, max_len: int, sampler: Callable[[list[int]], 
         tokens = [*tokens, sampler(tokens)]
 
 
+class NoisyOracle:
+    """Proposes what the sampler will choose, each token spoilt with some probability."""
+
+    def __init__(self, noise: float, sampler: Callable[[list[int]], int] = sample) -> None:
+        self.noise = noise
+        self.sampler = sampler
+        self.random = random.Random(0)
+
+    def propose(self, token_ids: Seq[int], limit: int) -> list[int]:
+        tokens = list(token_ids)
+        for _ in range(limit):
+            tokens.append(self.sampler(tokens) if self.random.random() >= self.noise else self.random.randrange(4))
+        return tokens[len(token_ids) :]
+
+
 class EngineModel:
     """A scheduler and its memory; every step is checked for wrong reads and for work done twice."""
 
@@ -59,13 +87,19 @@ class EngineModel:
         max_num_batched_tokens: int = 16,
         max_model_len: int = 100,
         max_prefill_chunk: int | None = None,
+        max_draft_tokens: int = 0,
+        ridge: float = 1e6,
+        make_proposer: ProposerFactory = prompt_lookup,
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
         cache: KVCache | None = None,
     ) -> None:
-        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk)
+        config = SchedulerConfig(
+            max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk, max_draft_tokens, ridge
+        )
         self.cache = cache or KVCache(num_pages, page_size)
-        self.scheduler = Scheduler(config, self.cache, make_policy(policy) if isinstance(policy, str) else policy)
+        policy = make_policy(policy) if isinstance(policy, str) else policy
+        self.scheduler = Scheduler(config, self.cache, policy, make_proposer)
         self.memory = KVMemory(self.cache)
         self.sampler = sampler
         self.now_s = 1.0
@@ -91,11 +125,25 @@ class EngineModel:
         held = self.memory.prefixes()  # what was ready before and has not been evicted since
         self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
         self.cache.check()
-        sampled = {c.sequence.request_id: [self.sampler(c.sequence.token_ids)] for c in batch.chunks if c.samples}
+        sampled = {c.sequence.request_id: self._sample(c) for c in batch.chunks if c.samples}
         self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
         self.memory.ready_prefixes()
         self.cache.check()
+        for sequence in (chunk.sequence for chunk in batch.chunks if chunk.drafts):
+            if sequence.status is SequenceStatus.RUNNING:  # no page is kept for what was rejected
+                assert len(sequence.block_table) == -(-sequence.num_computed // self.cache.page_size)
+                assert sequence.num_uncomputed == 1
         return batch
+
+    def _sample(self, chunk: ScheduledChunk) -> list[int]:
+        """The drafts that are right, and the token after them."""
+        tokens, choices = list(chunk.sequence.token_ids), []
+        for draft in (*chunk.drafts, None):
+            choices.append(self.sampler(tokens))
+            tokens.append(choices[-1])
+            if choices[-1] != draft:
+                break
+        return choices
 
     def run(self, max_steps: int = 500) -> list[ScheduledBatch]:
         """Steps until there is no work; fails if that takes more than `max_steps`."""
@@ -113,11 +161,13 @@ class EngineModel:
         for chunk in batch.chunks:
             sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
             tokens = sequence.token_ids
+            assert len(chunk.drafts) <= (config.max_draft_tokens if chunk.samples else 0)
+            assert not set(chunk.drafts) & sequence.request.sampling.stop_token_ids
             assert 1 <= chunk.length <= (config.max_prefill_chunk or chunk.length)
             assert chunk.samples == (end == len(tokens))
-            hashes = prefix_hashes(sequence.request.salt, tokens)
+            hashes = prefix_hashes(sequence.request.salt, [*tokens, *chunk.drafts])
             self.memory.check(sequence.block_table, hashes, start)  # computed before, or by an earlier chunk
-            self.memory.write(sequence.block_table, hashes, start, end)
+            self.memory.write(sequence.block_table, hashes, start, end + len(chunk.drafts))
             for i_page in range(start // size, min(end // size, (len(tokens) - 1) // size)):
                 content, page = hashes[(i_page + 1) * size - 1], sequence.block_table[i_page]
                 assert ready.setdefault(content, page) == page, f"{sequence.request_id} recomputes page {page}"

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from macaw_server.engine.types import CallClass
 from macaw_server.scheduler import SequenceStatus, make_policy
-from server.scheduler.engine_model import STOP, EngineModel
+from server.scheduler.engine_model import STOP, EngineModel, NoisyOracle
 
 FAMILIES = [[0] * 20, [0] * 6 + [1] * 14, [0, 1] * 10, [0] * 6 + [2, 3] * 7]
 
@@ -20,8 +20,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill_chunk=st.sampled_from([None, None, 1, 3]),
         policy=st.sampled_from(["fcfs", "app"]),
         ageing_s=st.sampled_from([0.05, 30.0]),
+        max_draft_tokens=st.sampled_from([0, 1, 5]),
+        ridge=st.sampled_from([1.0, 1e6]),
+        noise=st.sampled_from([0.0, 0.3, 1.0]),
     )
-    def start(self, num_pages, page_size, max_num_seqs, extra_tokens, max_prefill_chunk, policy, ageing_s):
+    def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
         strategy = make_policy(policy)
         strategy.ageing_s = ageing_s
         self.engine = EngineModel(
@@ -30,7 +33,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + extra_tokens,
             max_model_len=24,
-            max_prefill_chunk=max_prefill_chunk,
+            make_proposer=lambda request: NoisyOracle(noise),
+            **limits,
             policy=strategy,
         )
         self.aborted = set()
