@@ -84,9 +84,14 @@ def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
         for i, largest in zip(constrained, allowed.amax(dim=-1).tolist(), strict=True):
             broken[i] = broken[i] or largest == -math.inf
     tokens = torch.argmax(logits, dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and not broken[i]]
-    if drawn:
-        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+    for filtered in (False, True):  # apart, for filters sort the vocabulary: u must find a row's token in one order
+        drawn = [
+            i
+            for i, row in enumerate(rows)
+            if row.params.temperature > 0 and _filters(row.params) is filtered and not broken[i]
+        ]
+        if drawn:
+            tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], filtered=filtered)
     return [
         Sampled(None, None)
         if broken[i]
@@ -122,7 +127,11 @@ def _masked(logits: Tensor, masks: Seq[NDArray[np.int32]]) -> Tensor:
     return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
-def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
+def _filters(params: SamplingParams) -> bool:
+    return bool(params.top_k or params.top_p < 1 or params.min_p)
+
+
+def _draw(logits: Tensor, rows: Seq[Row], *, filtered: bool) -> Tensor:
     """Inverse-CDF sampling: temperature, then top-k, then top-p, then min-p, as transformers orders them."""
 
     def column(values: list[float]) -> Tensor:
@@ -134,7 +143,7 @@ def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
     logits -= logits.amax(dim=-1, keepdim=True)
     probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
     order = None
-    if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+    if filtered:
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(probs.shape[1], device=probs.device)
         probs[rank >= column([p.top_k or probs.shape[1] for p in params])] = 0

@@ -66,6 +66,31 @@ def test_filters_of_one_row_do_not_touch_another() -> None:
     assert set(choices[0::2]) == {0, 1, 2, 3, 4}
 
 
+def test_filters_of_one_row_do_not_change_the_draw_of_another() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]))
+    plain = [Row(SamplingParams(1, seed=seed), (0,), 1) for seed in range(200)]
+    filtered = Row(SamplingParams(1, top_p=0.9), (0,), 1)
+    alone = sample(logits.repeat(200, 1), plain)
+    assert sample(logits.repeat(201, 1), [*plain, filtered])[:200] == alone
+
+
+def test_a_row_behind_drafts_is_the_row_that_has_them_as_output() -> None:
+    params = SamplingParams(
+        9,
+        seed=3,
+        frequency_penalty=0.4,
+        presence_penalty=0.2,
+        repetition_penalty=1.3,
+        min_tokens=4,
+        stop_token_ids=frozenset({1}),
+        logprobs=2,
+    )
+    for n in range(5):
+        tokens, drafts = (0, 3, 3, 4, 2)[: 5 - n], (0, 3, 3, 4, 2)[5 - n :]
+        behind, plain = Row(params, tokens, 0, drafts), Row(params, tokens + drafts, 0)
+        assert sample(LOGITS.clone()[None], [behind]) == sample(LOGITS.clone()[None], [plain])
+
+
 def test_penalties_and_bias() -> None:
     assert draw(1, temperature=0, output=(0,), presence_penalty=2.0) == {1: 1}
     assert draw(1, temperature=0, output=(0, 0, 0), frequency_penalty=0.3) == {1: 1}
