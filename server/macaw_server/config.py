@@ -75,7 +75,7 @@ class EngineConfig(BaseModel):
         description="int8: weights in 8 bits, one scale per output channel (CPU; faster at small batches).",
     )
     speculative_tokens: int = Field(
-        default=8,
+        default=0,
         ge=0,
         le=64,
         description="Draft tokens by prompt lookup, per sequence and step at most; 0: no speculative decoding.",
