@@ -114,7 +114,7 @@ template <class Done>
 void for_each_tile(const PackedMatrix& matrix, int64_t num_rows, Counter& counter,
                    const Team& team, const Done& done) {
   const int64_t num_panels = matrix.num_panels();
-  const int64_t chunk = std::max<int64_t>(1, num_panels / (8 * team.num_threads));
+  const int64_t chunk = std::max<int64_t>(1, num_panels / (3 * team.num_threads));
   const int64_t chunks = (num_panels + chunk - 1) / chunk;
   const int64_t blocks = (num_rows + kBlockRows - 1) / kBlockRows;
   for (int64_t task; (task = counter.next()) < blocks * chunks;) {
