@@ -4,7 +4,7 @@
 """
 
 from macaw_kernels.attention import attend
-from macaw_kernels.backends import BACKENDS, best_backend, default_profile
+from macaw_kernels.backends import BACKENDS, best_backend, default_profile, native_available
 from macaw_kernels.merge import AttentionState, merge_states
 from macaw_kernels.planner import Planner, plan
 from macaw_kernels.profiles import ALWAYS_SHARE, CPU_NATIVE, CPU_TORCH, NEVER_SHARE
@@ -28,6 +28,7 @@ __all__ = [
     "best_backend",
     "default_profile",
     "merge_states",
+    "native_available",
     "plan",
     "reference_attend",
     "store_kv",

@@ -49,7 +49,7 @@ def native_available() -> bool:
     try:
         native.library()
     except NativeBuildError as e:
-        log.warning("CPU attention runs on plain torch, several times slower: no native kernels. %s", e)
+        log.warning("the CPU runs on plain torch, several times slower: no native kernels. %s", e)
         return False
     return True
 

@@ -22,6 +22,7 @@ def test_exported_names() -> None:
         "best_backend",
         "default_profile",
         "merge_states",
+        "native_available",
         "plan",
         "reference_attend",
         "store_kv",

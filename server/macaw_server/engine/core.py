@@ -193,7 +193,8 @@ class EngineCore:
             [Chunk(c.token_ids, c.start, c.sequence.block_table, c.num_samples) for c in batch.chunks]
         )
         allowed = masks()
-        choices = iter(sample(logits, [row for c in sampling for row in _rows(c, allowed.get(c.sequence.request_id))]))
+        rows = [row for c in sampling for row in _rows(c, allowed.get(c.sequence.request_id))]
+        choices = iter(sample(logits, rows, native=self._config.native))
         return {c.sequence.request_id: _verified(c.drafts, list(islice(choices, c.num_samples))) for c in sampling}
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:

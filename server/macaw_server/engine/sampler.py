@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from macaw_kernels import native_available
+from macaw_kernels.cpu.sampling import Draw, choose_tokens
 from macaw_server.engine.types import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -62,21 +64,42 @@ def _mix(z: int) -> int:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
+def sample(logits: Tensor, rows: Seq[Row], *, native: bool = True) -> list[Sampled]:
     """Choose one token for each row.
 
     Args:
         logits: ``[num_rows, vocab_size]`` float32; changed in place.
         rows: One for each row of `logits`.
+        native: Use the native kernels for logits on the CPU, where there are any.
 
     Returns:
         One choice for each row. Log-probabilities are those of the model, before temperature and penalties.
     """
-    broken = torch.isnan(logits).any(dim=-1).tolist()
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = dict(zip(wanted, torch.log_softmax(logits[wanted], dim=-1), strict=True)) if wanted else {}
     for i, row in enumerate(rows):
-        _adjust(logits[i], row)
+        _adjust(logits, i, row)
+    if native and logits.device.type == "cpu" and native_available():
+        tokens = choose_tokens(logits, [_draw(row) for row in rows])
+    else:
+        tokens = _choose_by_torch(logits, rows)
+    return [
+        Sampled(None, None)
+        if token < 0
+        else Sampled(token, _logprobs(raw[i], token, rows[i].params.logprobs or 0) if i in raw else None)
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _draw(row: Row) -> Draw:
+    params = row.params
+    u = uniform(params.seed, row.num_output) if params.temperature > 0 else 0.0
+    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, u, row.mask)
+
+
+def _choose_by_torch(logits: Tensor, rows: Seq[Row]) -> list[int]:
+    """As `choose_tokens`, on any device; by another sum of the same distribution, so rarely another token."""
+    broken = torch.isnan(logits).any(dim=-1).tolist()
     masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
     if masks:
         constrained = list(masks)
@@ -91,18 +114,22 @@ def sample(logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
             if row.params.temperature > 0 and _filters(row.params) is filtered and not broken[i]
         ]
         if drawn:
-            tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], filtered=filtered)
-    return [
-        Sampled(None, None)
-        if broken[i]
-        else Sampled(token, _logprobs(raw[i], token, rows[i].params.logprobs or 0) if i in raw else None)
-        for i, token in enumerate(tokens.tolist())
-    ]
+            tokens[drawn] = _inverse_cdf(logits[drawn], [rows[i] for i in drawn], filtered=filtered)
+    return [-1 if bad else token for bad, token in zip(broken, tokens.tolist(), strict=True)]
 
 
-def _adjust(logits: Tensor, row: Row) -> None:
+def _adjust(all_logits: Tensor, index: int, row: Row) -> None:
     """Apply bias, penalties and the minimum length to one row, in place."""
     params = row.params
+    if (
+        not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and row.num_output >= params.min_tokens
+    ):
+        return
+    logits = all_logits[index]
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
@@ -131,7 +158,7 @@ def _filters(params: SamplingParams) -> bool:
     return bool(params.top_k or params.top_p < 1 or params.min_p)
 
 
-def _draw(logits: Tensor, rows: Seq[Row], *, filtered: bool) -> Tensor:
+def _inverse_cdf(logits: Tensor, rows: Seq[Row], *, filtered: bool) -> Tensor:
     """Inverse-CDF sampling: temperature, then top-k, then top-p, then min-p, as transformers orders them."""
 
     def column(values: list[float]) -> Tensor:

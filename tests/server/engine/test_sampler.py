@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from macaw_server.engine.sampler import Row, sample, uniform
+from macaw_server.engine import sampler
+from macaw_server.engine.sampler import Row, Sampled, uniform
 from macaw_server.engine.types import SamplingParams
 
 LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]))
+_kernels = {"native": True}
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["native", "torch"])
+def _each_way(request: pytest.FixtureRequest) -> None:
+    _kernels["native"] = request.param
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+    return sampler.sample(logits, rows, **_kernels)
 
 
 def draw(num: int, *, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: float) -> Counter[int]:
@@ -142,3 +158,32 @@ def test_logits_that_are_not_numbers_are_reported_for_that_row_only() -> None:
     logits[0, 2] = torch.nan
     rows = [Row(SamplingParams(1, seed=1), (0,), 1), Row(SamplingParams(1, temperature=0), (0,), 1)]
     assert [choice.token for choice in sample(logits, rows)] == [None, 0]
+
+
+def test_native_and_torch_choose_the_same_tokens() -> None:
+    """But for sums that round differently right where a token ends and the next one begins."""
+    rng = random.Random(3)
+    vocab = 5_003
+    logits = torch.randn(400, vocab, generator=torch.Generator().manual_seed(1)) * 3
+    logits[::7] = logits[::7].round()  # ties
+
+    def params(seed: int) -> dict[str, Any]:
+        filters = {"top_k": rng.choice([1, 7, 300]), "top_p": rng.random(), "min_p": rng.random() / 5}
+        some = {name: value for name, value in filters.items() if rng.random() < 0.5}
+        return {"temperature": rng.choice([0.0, 0.3, 1.0, 2.0]), "seed": seed, **some}
+
+    rows = []
+    for seed in range(len(logits)):
+        mask = None
+        if seed % 3 == 0:
+            mask = np.array([rng.getrandbits(32) for _ in range(-(-vocab // 32))], dtype=np.uint32).view(np.int32)
+        rows.append(Row(SamplingParams(max_tokens=9, **params(seed)), (0,), 1, mask=mask))
+    native = sampler.sample(logits.clone(), rows, native=True)
+    by_torch = sampler.sample(logits.clone(), rows, native=False)
+    assert sum(a != b for a, b in zip(native, by_torch, strict=True)) <= 4
+
+
+def test_a_mask_that_allows_nothing_is_reported_for_that_row_only() -> None:
+    rows = [Row(SamplingParams(9, temperature=t), (0,), 1, mask=np.zeros(1, dtype=np.int32)) for t in (0, 1)]
+    rows.append(Row(SamplingParams(9, temperature=1), (0,), 1, mask=np.array([4], dtype=np.int32)))
+    assert [choice.token for choice in sample(LOGITS.repeat(3, 1), rows)] == [None, None, 2]
