@@ -122,18 +122,18 @@ class ConstrainedRequests:
     def _start(self, request: EngineRequest, future: Future[LLMatcher]) -> tuple[str, str] | None:
         from macaw_server.engine.grammar import GrammarError, GrammarState
 
-        try:
-            compiled = future.result()
-        except GrammarError as e:
-            return "invalid_request", f"The grammar cannot be compiled: {e}."
-        except Exception as e:
-            log.exception("compiling a grammar")
-            return "internal_error", f"Constrained decoding failed: {type(e).__name__}: {e}"
-        assert self._vocabulary is not None, "a grammar was compiled without a vocabulary"
-        self._states[request.request_id] = GrammarState(
-            compiled, self._vocabulary, request.sampling, request.output_ids
-        )
-        return None
+        match future.exception():
+            case None:
+                assert self._vocabulary is not None, "a grammar was compiled without a vocabulary"
+                state = GrammarState(future.result(), self._vocabulary, request.sampling, request.output_ids)
+                self._states[request.request_id] = state
+                return None
+            case GrammarError() as error:
+                return "invalid_request", f"The grammar cannot be compiled: {error}."
+            case error:
+                log.error("compiling a grammar", exc_info=error)
+                self._grammars.clear()  # the next request tries again
+                return "internal_error", f"Constrained decoding failed: {type(error).__name__}: {error}"
 
     def _compile(self, grammar: str) -> LLMatcher:
         from macaw_server.engine.grammar import Vocabulary, compile_grammar

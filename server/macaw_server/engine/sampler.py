@@ -149,9 +149,8 @@ def _adjust(all_logits: Tensor, index: int, row: Row) -> None:
 
 def _masked(logits: Tensor, masks: Seq[NDArray[np.int32]]) -> Tensor:
     """The logits with those of forbidden tokens at minus infinity."""
-    packed = torch.from_numpy(np.stack(masks).view(np.uint8)).to(logits.device)
-    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
-    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+    bits = np.unpackbits(np.stack(masks).view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    return torch.where(torch.from_numpy(bits).view(torch.bool).to(logits.device), logits, -torch.inf)
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.grammar import GrammarError, GrammarState, Vocabulary, compile_grammar
 from macaw_server.engine.types import EngineOutput, EngineRequest, SamplingParams
+from macaw_server.scheduler import Proposer
 from tiny_models import VOCAB_SIZE, save_model, tokenizer
 
 EOS = 2
@@ -43,6 +45,49 @@ def core(folder: str) -> EngineCore:
 
 def make_core(folder: str, **config: Any) -> EngineCore:
     return EngineCore(EngineConfig(model=folder, dtype="float32", **config))
+
+
+class Foresight:
+    """Proposes known answers, by request id, with wrong tokens in them."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[int]] = {}
+
+    def proposer(self, request: EngineRequest) -> Proposer:
+        known, rng = request.prompt_ids + self.answers[request.request_id], random.Random(len(self.answers))
+
+        class HalfRight:
+            def propose(self, token_ids: Sequence[int], limit: int) -> list[int]:
+                right = [*known, EOS][len(token_ids) : len(token_ids) + limit]
+                return [token if rng.random() < 0.8 else rng.randrange(VOCAB_SIZE) for token in right]
+
+        return HalfRight()
+
+
+class Pair:
+    """An engine and one that speculates: what they answer must be the same."""
+
+    def __init__(self, core: EngineCore, folder: str) -> None:
+        foresight = Foresight()
+        config = EngineConfig(model=folder, dtype="float32", speculative_tokens=5, speculative_ridge=1e6)
+        self.plain, self.speculating = core, EngineCore(config, make_proposer=foresight.proposer)
+        self._answers = foresight.answers
+
+    def finish(self, *requests: EngineRequest) -> dict[str, list[EngineOutput]]:
+        plain = finish(self.plain, *requests)
+        self._answers |= {name: tokens(outputs) for name, outputs in plain.items()}
+        for name, outputs in finish(self.speculating, *requests).items():
+            assert tokens(outputs) == tokens(plain[name])
+            assert outputs[-1].finish_reason == plain[name][-1].finish_reason
+        return plain
+
+
+@pytest.fixture(scope="module")
+def pair(core: EngineCore, folder: str) -> Iterator[Pair]:
+    pair = Pair(core, folder)
+    yield pair
+    stats = pair.speculating.stats()
+    assert 0 < stats.accepted_tokens <= stats.draft_tokens
 
 
 def params(grammar: str | None, **fields: Any) -> SamplingParams:
@@ -171,13 +216,13 @@ def is_prefix(grammar: str, output: str) -> bool:
     return compile_grammar(vocabulary().tokenizer, grammar).validate_tokens(ids) == len(ids)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(schema=SCHEMAS, seed=st.integers(0, 2**40))
-def test_every_output_is_valid_against_its_schema(core: EngineCore, schema: dict[str, Any], seed: int) -> None:
+def test_every_output_is_valid_against_its_schema(pair: Pair, schema: dict[str, Any], seed: int) -> None:
     schema = schema | {"$defs": {"tree": TREE}}
     grammar = SCHEMA(schema)
     requests = [EngineRequest(f"r{i}", PROMPT, params(grammar, seed=seed + i)) for i in range(3)]
-    for outputs in finish(core, *requests).values():
+    for outputs in pair.finish(*requests).values():
         output = text(outputs)
         if outputs[-1].finish_reason == "stop":
             jsonschema.validate(json.loads(output), schema, jsonschema.Draft202012Validator)
@@ -192,9 +237,9 @@ REGEXES = [r"[0-9]{1,3}", r"(ab|cd)+\.", r"[0-9]{4}-[0-9]{2}", r"[^\n]{3,20}\n",
 
 
 @pytest.mark.parametrize("pattern", REGEXES)
-def test_output_matches_its_regex_as_a_whole(core: EngineCore, pattern: str) -> None:
-    requests = [EngineRequest(f"r{i}", PROMPT, params(REGEX(pattern), seed=i)) for i in range(8)]
-    for outputs in finish(core, *requests).values():
+def test_output_matches_its_regex_as_a_whole(pair: Pair, pattern: str) -> None:
+    requests = [EngineRequest(f"r{i}", PROMPT, params(REGEX(pattern), seed=i)) for i in range(5)]
+    for outputs in pair.finish(*requests).values():
         output = text(outputs)
         if outputs[-1].finish_reason == "stop":
             assert re.fullmatch(pattern, output), output
@@ -245,10 +290,23 @@ def test_an_output_that_can_only_be_empty(core: EngineCore) -> None:
     assert (tokens(outputs), outputs[-1].finish_reason) == ([], "stop")
 
 
+def test_speculation_ends_outputs_where_they_end_without_it(pair: Pair) -> None:
+    eager = {EOS: 100.0}
+    ends = [
+        params(REGEX("abc")),
+        params(REGEX("abc"), stop_token_ids=frozenset()),
+        params(REGEX("[0-9]*"), min_tokens=5, logit_bias=eager),
+        params(REGEX("[0-9]{4}"), min_tokens=50),
+        params(REGEX("[0-9]*"), max_tokens=7, stop_token_ids=frozenset()),
+        params(REGEX("(a{3}){0}"), stop_token_ids=frozenset()),
+    ]
+    pair.finish(*(EngineRequest(f"r{i}", PROMPT, sampling) for i, sampling in enumerate(ends)))
+
+
 def test_stop_tokens_end_complete_outputs_only(core: EngineCore) -> None:
     comma = tokenizer().encode(",")[0]
     bias = {EOS: 100.0, comma: 50.0}
-    assert answer(core, params(REGEX("[ab]{4}c?"), logit_bias=bias, temperature=0))[0][4:] == ""
+    assert answer(core, params(REGEX("[ab]{4}(🦜)?"), logit_bias=bias, temperature=0))[0][4:] == ""
     output, reason = answer(core, params(REGEX("a(,a)*"), stop_token_ids=frozenset({EOS, comma}), logit_bias=bias))
     assert (output, reason) == ("a", "stop")
 
@@ -270,7 +328,7 @@ def test_without_stop_tokens_the_output_goes_on_as_long_as_it_can(core: EngineCo
 
 
 def test_bias_and_penalties_do_not_break_the_grammar(core: EngineCore) -> None:
-    a, b = tokenizer().encode("ab", add_special_tokens=False)[0], 40
+    a, b = (tokenizer().encode(c, add_special_tokens=False)[0] for c in "ab")
     sampling = params(
         REGEX("b{10}"), logit_bias={a: 100.0, b: 100.0}, presence_penalty=2.0, repetition_penalty=10.0, top_k=1
     )
