@@ -1,0 +1,166 @@
+"""Tile shapes by architecture, head dim and dtype: built-in values, and what ``macaw kernels fit`` has measured here.
+
+Nothing is tuned while serving: a table is read once, a missing entry is the built-in value.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from macaw_kernels.cpu.build import cache_dir
+from macaw_kernels.types import HeadConfig
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_DIM = 256
+MAX_GROUP_SIZE = 64
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""With built-in values of their own; others take those of the nearest older one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """How one phase runs.
+
+    Attributes:
+        block_m: Rows of a tile: query tokens times query heads of a KV head.
+        block_n: Keys of a step.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """Everything about a launch that measurement may change.
+
+    Attributes:
+        narrow: For items of few rows: decodes. `block_m` is at least 16, what tensor cores take.
+        wide: For all others: shared prefixes, chunks of prefills.
+        programs_per_sm: Long key ranges are split until so many programs per multiprocessor run.
+        min_split: Keys below which a range is not split.
+    """
+
+    narrow: TileConfig
+    wide: TileConfig
+    programs_per_sm: int = 4
+    min_split: int = 256
+
+    def for_group(self, group_size: int) -> KernelConfig:
+        """Tiles that hold at least one token of `group_size` query heads."""
+        least = 1 << (group_size - 1).bit_length()
+        narrow, wide = (
+            TileConfig(max(tile.block_m, least), tile.block_n, tile.num_warps, tile.num_stages)
+            for tile in (self.narrow, self.wide)
+        )
+        return KernelConfig(narrow, wide, self.programs_per_sm, self.min_split)
+
+
+def supports(heads: HeadConfig) -> bool:
+    """Whether the kernels take these heads."""
+    return max(heads.head_dim, heads.v_head_dim) <= MAX_HEAD_DIM and heads.group_size <= MAX_GROUP_SIZE
+
+
+def block_dim(head_dim: int) -> int:
+    """The width that a head is padded to: a power of two that a matrix product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def built_in(arch: str, head_dim: int, dtype: torch.dtype) -> KernelConfig:
+    """The values that this package comes with: estimates that compile without spills, until measured.
+
+    Args:
+        arch: One of `ARCHITECTURES`.
+        head_dim: The larger of the two head dims.
+        dtype: Of queries, keys and values.
+    """
+    width = block_dim(head_dim)
+    if dtype == torch.float32:  # no tensor cores, twice the shared memory
+        wide_m, keys = (16, 16) if width > 128 else (32, 32)
+        return KernelConfig(TileConfig(16, keys, 4, 2), TileConfig(wide_m, keys, 4, 2))
+    if arch == "gfx942":  # 64 KiB of shared memory
+        keys = 32 if width > 128 else 64
+        return KernelConfig(TileConfig(16, keys, 4, 1), TileConfig(64, keys, 4, 1))
+    keys = 32 if width > 128 else 64
+    stages = 2 if width > 128 else 3
+    return KernelConfig(TileConfig(16, keys, 4, stages), TileConfig(64, keys, 8 if width > 128 else 4, stages))
+
+
+def config_file(device_name: str) -> Path:
+    """Where the measured values of a device lie."""
+    return cache_dir() / "kernels" / f"{device_name}.json"
+
+
+def config_key(head_dim: int, dtype: torch.dtype) -> str:
+    """The name of an entry in the file."""
+    return f"{str(dtype).removeprefix('torch.')}-d{block_dim(head_dim)}"
+
+
+@cache
+def kernel_config(device: torch.device, heads: HeadConfig, dtype: torch.dtype) -> KernelConfig:
+    """The launch parameters on this device: measured ones where a file has them, else built-in ones."""
+    head_dim = max(heads.head_dim, heads.v_head_dim)
+    measured = _measured(device_name(device)).get(config_key(head_dim, dtype))
+    return (measured or built_in(architecture(device), head_dim, dtype)).for_group(heads.group_size)
+
+
+def architecture(device: torch.device) -> str:
+    """The nearest entry of `ARCHITECTURES` that is not newer than the device."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def device_name(device: torch.device) -> str:
+    """A name for files and tables."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
+
+
+def save(device_name: str, entries: dict[str, KernelConfig]) -> Path:
+    """Add measured entries to the device's file."""
+    path = config_file(device_name)
+    table = {key: asdict(value) for key, value in {**_measured(device_name), **entries}.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(table, indent=1))
+    partial.replace(path)
+    _measured.cache_clear()
+    kernel_config.cache_clear()
+    return path
+
+
+@cache
+def _measured(device_name: str) -> dict[str, KernelConfig]:
+    path = config_file(device_name)
+    try:
+        table = json.loads(path.read_text())
+        return {
+            key: KernelConfig(
+                TileConfig(**entry["narrow"]),
+                TileConfig(**entry["wide"]),
+                int(entry["programs_per_sm"]),
+                int(entry["min_split"]),
+            )
+            for key, entry in table.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        log.warning("built-in kernel configurations are used: %s cannot be read (%s); `macaw kernels fit`", path, e)
+        return {}
