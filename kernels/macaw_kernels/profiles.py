@@ -1,10 +1,19 @@
-"""Built-in device profiles, measured with ``tests/bench/attention.py``."""
+"""Device profiles: built-in ones, and those that ``macaw kernels fit`` has measured and keeps in files. No torch."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+from dataclasses import asdict, fields
 from math import inf
+from pathlib import Path
+from typing import Any
 
+from macaw_kernels.cpu.build import cache_dir
 from macaw_kernels.types import DeviceProfile
+
+log = logging.getLogger(__name__)
 
 CPU_TORCH = DeviceProfile(
     "cpu-torch",
@@ -45,3 +54,67 @@ NEVER_SHARE = DeviceProfile(
     tile_bytes=2 << 20,
 )
 """Plain paged attention: the control of tests and ablations."""
+
+_BANDWIDTHS = {"b200": 8.0, "h200": 4.8, "h100": 3.35, "a100": 2.0, "mi300": 5.3, "l40": 0.86, "l20": 0.86, "a10": 0.6}
+"""Memory bandwidth by part of the device's name, in TB/s, from data sheets."""
+_GPU_EFFICIENCY = 0.8
+_GPU_LAUNCH_US = 5.0
+
+
+def gpu_profile(device: str) -> DeviceProfile:
+    """Return an **estimate** for a GPU and 16-bit keys and values, from its bandwidth and the cost of a launch.
+
+    Args:
+        device: Its name; one that is not known is taken for a GPU of 1 TB/s.
+    """
+    bandwidth = next((value for part, value in _BANDWIDTHS.items() if part in device), 1.0)
+    byte_ns = 1e-3 / (bandwidth * _GPU_EFFICIENCY)
+    return DeviceProfile(
+        f"{device}-estimate",
+        share_us=_GPU_LAUNCH_US,
+        kv_element_ns=2 * byte_ns,
+        state_element_ns=8 * byte_ns,  # float32, written and read
+        launch_us=_GPU_LAUNCH_US,
+        tile_bytes=64 << 20,
+    )
+
+
+def profile_file(device: str, backend: str, dtype: object) -> Path:
+    """Where the measured profile of a device lies."""
+    return cache_dir() / "kernels" / f"profile-{device}-{backend}-{str(dtype).removeprefix('torch.')}.json"
+
+
+def load_profile(device: str, backend: str, dtype: object) -> DeviceProfile | None:
+    """Return what ``macaw kernels fit`` has measured for this device, backend and dtype; None if it has not.
+
+    Args:
+        device: As from `devices.device_name`.
+        backend: A name of `BACKENDS`.
+        dtype: Of keys and values.
+    """
+    path = profile_file(device, backend, dtype)
+    try:
+        values = json.loads(path.read_text())
+        return DeviceProfile(**{each.name: _number(values, each.name) for each in fields(DeviceProfile)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        log.warning("the built-in device profile is used: %s cannot be read (%s); run `macaw kernels fit`", path, e)
+        return None
+
+
+def save_profile(profile: DeviceProfile, device: str, backend: str, dtype: object) -> Path:
+    """Write a measured profile to where `load_profile` finds it."""
+    path = profile_file(device, backend, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(profile), indent=1))
+    partial.replace(path)
+    return path
+
+
+def _number(values: dict[str, Any], name: str) -> Any:
+    value = values[name]
+    if name != "name" and not (isinstance(value, int | float) and value >= 0):
+        raise ValueError(f"{name} is {value!r}; a number of at least 0")
+    return value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from macaw_kernels.backends import triton_available
+
 
 def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
     """Write the keys and values of a step's tokens into the pages, in place.
@@ -16,8 +18,13 @@ def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
         slot_mapping: ``[total_tokens]`` int64, ``page * page_size + offset`` of each token; no slot twice.
 
     Raises:
-        IndexError: A slot is outside of the pages (on CPU).
+        IndexError: A slot is outside of the pages (on CPU; a GPU does not write it).
         RuntimeError: Shapes or dtypes do not fit.
     """
+    if k_pages.device.type == "cuda" and triton_available():
+        from macaw_kernels.triton import backend  # imports Triton
+
+        backend.store_kv(k, v, k_pages, v_pages, slot_mapping)
+        return
     for new, pages in ((k, k_pages), (v, v_pages)):
         pages.view(-1, *pages.shape[2:]).index_copy_(0, slot_mapping, new)

@@ -53,7 +53,7 @@ class Case:
         prefix, rest = page_ids[:shared_pages], page_ids[shared_pages:]
         tables = [prefix + rest[i * own_pages : (i + 1) * own_pages] for i in range(self.batch)]
         contexts, queries = [self.prefix + self.suffix] * self.batch, [1] * self.batch
-        model_profile = BACKENDS[self.backend].profile
+        model_profile = BACKENDS[self.backend].profile(torch.device("cpu"))
         plans = {
             profile.name: plan(tables, contexts, queries, self.heads, profile, PAGE_SIZE)
             for profile in (NEVER_SHARE, ALWAYS_SHARE, model_profile)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
 
 from macaw_kernels import AttentionPlan, DeviceProfile, HeadConfig, attend, plan, reference_attend
@@ -105,3 +107,34 @@ THREE_LEVELS = [
     Seq({}, own=1),
 ]
 """Three levels, decodes and prefill chunks, loners, one-token tails and a page boundary."""
+
+
+def sdpa(batch: Batch) -> Tensor:
+    """`scaled_dot_product_attention`, sequence by sequence, in the batch's dtype."""
+    outs = []
+    rows = batch.q.split(batch.query_lens)
+    for q, table, context in zip(rows, batch.block_tables, batch.context_lens, strict=True):
+        k, v = (pages[table].flatten(0, 1)[:context].transpose(0, 1) for pages in (batch.k_pages, batch.v_pages))
+        mask = torch.ones(len(q), context, dtype=torch.bool).tril(context - len(q))
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], mask, scale=batch.scale, enable_gqa=True
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[Seq]:
+    """Sequences on random paths through a random tree of page runs."""
+    parents = draw(st.lists(st.integers(-1, 5), max_size=6))
+    paths: list[dict[str, int]] = [{}]
+    for i, parent in enumerate(parents):
+        paths.append({**paths[min(parent + 1, i)], f"run{i}": draw(st.integers(1, 4))})
+    sequences = []
+    for _ in range(draw(st.integers(1, 8))):
+        path = draw(st.sampled_from(paths))
+        own = draw(st.integers(0 if path else 1, 30))
+        context = own + 8 * sum(path.values())
+        query = draw(st.sampled_from([1, 1, 1, own or 1, context]) | st.integers(1, context))
+        sequences.append(Seq(path, own, query))
+    return sequences

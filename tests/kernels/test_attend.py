@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from kernels.batches import THREE_LEVELS, Batch, Seq, make_batch
+from kernels.batches import THREE_LEVELS, Batch, Seq, forests, make_batch, sdpa
 from macaw_kernels import (
     ALWAYS_SHARE,
     BACKENDS,
@@ -145,20 +143,6 @@ def test_one_plan_serves_layers_with_different_options(profile: DeviceProfile) -
 # Errors relative to PyTorch's own attention
 
 
-def sdpa(batch: Batch) -> Tensor:
-    """`scaled_dot_product_attention`, sequence by sequence, in the batch's dtype."""
-    outs = []
-    rows = batch.q.split(batch.query_lens)
-    for q, table, context in zip(rows, batch.block_tables, batch.context_lens, strict=True):
-        k, v = (pages[table].flatten(0, 1)[:context].transpose(0, 1) for pages in (batch.k_pages, batch.v_pages))
-        mask = torch.ones(len(q), context, dtype=torch.bool).tril(context - len(q))
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k[None], v[None], mask, scale=batch.scale, enable_gqa=True
-        )
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
 @PROFILES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_at_most_twice_that_of_sdpa(profile: DeviceProfile, dtype: torch.dtype) -> None:
@@ -179,23 +163,6 @@ def test_error_is_at_most_twice_that_of_sdpa(profile: DeviceProfile, dtype: torc
 
 
 # Any forest
-
-
-@st.composite
-def forests(draw: st.DrawFn) -> list[Seq]:
-    """Sequences on random paths through a random tree of page runs."""
-    parents = draw(st.lists(st.integers(-1, 5), max_size=6))
-    paths: list[dict[str, int]] = [{}]
-    for i, parent in enumerate(parents):
-        paths.append({**paths[min(parent + 1, i)], f"run{i}": draw(st.integers(1, 4))})
-    sequences = []
-    for _ in range(draw(st.integers(1, 8))):
-        path = draw(st.sampled_from(paths))
-        own = draw(st.integers(0 if path else 1, 30))
-        context = own + 8 * sum(path.values())
-        query = draw(st.sampled_from([1, 1, 1, own or 1, context]) | st.integers(1, context))
-        sequences.append(Seq(path, own, query))
-    return sequences
 
 
 @settings(max_examples=60, deadline=None)

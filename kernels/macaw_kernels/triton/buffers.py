@@ -132,9 +132,7 @@ class PlanBuffers:
         self._last_tables, self._last_num_pages = plan.block_tables, num_pages
 
 
-def plan_buffers(
-    plan: AttentionPlan, window: int | None, device: torch.device, dtype: torch.dtype
-) -> PlanBuffers:
+def plan_buffers(plan: AttentionPlan, window: int | None, device: torch.device, dtype: torch.dtype) -> PlanBuffers:
     """Return the buffers that hold the plan; made at its first layer unless they were loaded."""
     if window is not None and window > plan.positions.max() and _key(window, device, dtype) not in plan.cache:
         window = None  # hides nothing

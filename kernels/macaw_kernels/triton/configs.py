@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from macaw_kernels.cpu.build import cache_dir
+from macaw_kernels.devices import device_name
 from macaw_kernels.types import HeadConfig
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
 MAX_GROUP_SIZE = 64
+SPLIT_STEP = 64
+"""Keys of a unit are a multiple of this many."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 """With built-in values of their own; others take those of the nearest older one."""
 
@@ -98,9 +101,9 @@ def built_in(arch: str, head_dim: int, dtype: torch.dtype) -> KernelConfig:
     return KernelConfig(TileConfig(16, keys, 4, stages), TileConfig(64, keys, 8 if width > 128 else 4, stages))
 
 
-def config_file(device_name: str) -> Path:
+def config_file(device: str) -> Path:
     """Where the measured values of a device lie."""
-    return cache_dir() / "kernels" / f"{device_name}.json"
+    return cache_dir() / "kernels" / f"tiles-{device}.json"
 
 
 def config_key(head_dim: int, dtype: torch.dtype) -> str:
@@ -112,30 +115,24 @@ def config_key(head_dim: int, dtype: torch.dtype) -> str:
 def kernel_config(device: torch.device, heads: HeadConfig, dtype: torch.dtype) -> KernelConfig:
     """The launch parameters on this device: measured ones where a file has them, else built-in ones."""
     head_dim = max(heads.head_dim, heads.v_head_dim)
+    if device.type == "cpu":  # the interpreter: split what is long for a test
+        return replace(built_in("sm_80", head_dim, dtype), min_split=SPLIT_STEP).for_group(heads.group_size)
     measured = _measured(device_name(device)).get(config_key(head_dim, dtype))
     return (measured or built_in(architecture(device), head_dim, dtype)).for_group(heads.group_size)
 
 
 def architecture(device: torch.device) -> str:
     """The nearest entry of `ARCHITECTURES` that is not newer than the device."""
-    if device.type != "cuda":
-        return "sm_80"  # the interpreter
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def device_name(device: torch.device) -> str:
-    """A name for files and tables."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
-
-
-def save(device_name: str, entries: dict[str, KernelConfig]) -> Path:
+def save(device: str, entries: dict[str, KernelConfig]) -> Path:
     """Add measured entries to the device's file."""
-    path = config_file(device_name)
-    table = {key: asdict(value) for key, value in {**_measured(device_name), **entries}.items()}
+    path = config_file(device)
+    table = {key: asdict(value) for key, value in {**_measured(device), **entries}.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(table, indent=1))
@@ -146,8 +143,8 @@ def save(device_name: str, entries: dict[str, KernelConfig]) -> Path:
 
 
 @cache
-def _measured(device_name: str) -> dict[str, KernelConfig]:
-    path = config_file(device_name)
+def _measured(device: str) -> dict[str, KernelConfig]:
+    path = config_file(device)
     try:
         table = json.loads(path.read_text())
         return {

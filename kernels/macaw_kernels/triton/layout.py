@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from macaw_kernels.triton.configs import KernelConfig
+from macaw_kernels.triton.configs import SPLIT_STEP, KernelConfig
 from macaw_kernels.types import AttentionPlan, IntArray
 
 UNIT_FIELDS = 8
 """int32 fields of a unit: first index into `rows`, number of rows, sequence whose table has the pages, first key,
 end of the keys, first state (-1: write the result); two are padding."""
-SPLIT_STEP = 64
-"""Splits are multiples of so many keys."""
 
 
 class Capacity(NamedTuple):
