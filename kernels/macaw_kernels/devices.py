@@ -13,10 +13,8 @@ import torch
 @cache
 def device_name(device: torch.device) -> str:
     """Return the model of a device in lower case and dashes, for a CPU with its number of cores."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_processor()}-x{os.cpu_count()}"
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{_processor()}-x{os.cpu_count()}"
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 

@@ -2,8 +2,8 @@
 
 The rows of a unit's tokens times the query heads of the KV head are the M axis of a matrix product, so that a group of
 query heads, a group of sequences or a chunk of a prefill all become one tile. With scores s_j = q . k_j * scale, capped
-and masked, the program computes the attention state over its keys (online softmax, Milakov & Gimelshein 2018; split over
-the keys as in Dao et al., Flash-Decoding, 2023):
+and masked, the program computes the attention state over its keys (online softmax, Milakov & Gimelshein 2018; split
+over the keys as in Dao et al., Flash-Decoding, 2023):
 
     lse = log(sum_j exp(s_j)),  o = sum_j exp(s_j - lse) v_j
 

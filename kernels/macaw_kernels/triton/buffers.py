@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from macaw_kernels.triton.configs import KernelConfig, kernel_config
 from macaw_kernels.triton.layout import UNIT_FIELDS, Capacity, Layout, build_layout, check_capacity
@@ -65,7 +64,7 @@ class PlanBuffers:
         self._sections = _Sections(*(slice(a, a + size) for a, size in zip(starts, sizes, strict=True)))
         pinned = device.type == "cuda"
         self._host = torch.zeros(ends[-1], dtype=torch.int32, pin_memory=pinned)
-        self._copied = torch.cuda.Event() if pinned else None
+        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         packed = torch.zeros(ends[-1], dtype=torch.int32, device=device)
         self._packed = packed
         self.counts, narrow, wide, self.rows, self.positions, self.merge_starts, self.merge_states = (

@@ -1,8 +1,8 @@
 """From a plan to the units that the kernels run: vectorised, as it happens in every step. No torch.
 
-An item (rows against keys) becomes **tiles** of as many tokens as fit the M axis of a matrix product, a tile's keys are
-cut to what its rows see, and long ones are split into **units** of about the same length, so that small batches fill the
-chip. A row of which one unit sees all keys is written by it; for other rows the units write states, to be merged.
+An item (rows against keys) becomes **tiles** of as many tokens as fit the M axis of a matrix product, a tile's keys
+are cut to what its rows see, and long ones are split into **units** of about the same length, so that small batches
+fill the chip. A row of which one unit sees all keys is written by it; for other rows the units write states, to be merged.
 """
 
 from __future__ import annotations
