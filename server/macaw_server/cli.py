@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from macaw_server.bench.command import bench
 from macaw_server.config import ServerConfig
 from macaw_server.errors import ConfigError, StartupError
+from macaw_server.kernels_cli import app as kernels_app
 
 
 class _Commands(TyperGroup):
@@ -129,3 +130,4 @@ def _derive(command: Any, config: type[ServerConfig]) -> Any:
 
 app.command()(_derive(serve, ServerConfig))
 app.add_typer(bench)
+app.add_typer(kernels_app)

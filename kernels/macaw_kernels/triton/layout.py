@@ -2,7 +2,8 @@
 
 An item (rows against keys) becomes **tiles** of as many tokens as fit the M axis of a matrix product, a tile's keys
 are cut to what its rows see, and long ones are split into **units** of about the same length, so that small batches
-fill the chip. A row of which one unit sees all keys is written by it; for other rows the units write states, to be merged.
+fill the chip. A row of which one unit sees all keys is written by it; for other rows the units write states, to be
+merged.
 """
 
 from __future__ import annotations

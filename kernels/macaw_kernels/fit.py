@@ -1,0 +1,130 @@
+"""Fitting the planner's cost model to a device: what ``macaw kernels fit`` runs.
+
+One layer's attention is timed with and without sharing over a grid of prefixes and batches. By the model an unshared
+call costs ``base + elements * kv_element_ns``, and sharing adds ``share_us`` per item and ``state_element_ns`` per
+element of the further states; the four numbers are the least squares of the relative errors, at least 0.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from macaw_kernels.attention import attend
+from macaw_kernels.backends import BACKENDS, best_backend
+from macaw_kernels.devices import device_name
+from macaw_kernels.planner import plan
+from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE, save_profile
+from macaw_kernels.types import DeviceProfile, HeadConfig
+
+PAGE_SIZE = 16
+_SUFFIX = 64
+_ROUNDS = 7
+_LAYER_BYTES = 128 << 20
+"""So many bytes are walked, layer by layer as in a model: caches do not hold them."""
+
+
+class Fitted(NamedTuple):
+    """The profile, how far its model is from the measurements (median, relative), and where it was written."""
+
+    profile: DeviceProfile
+    error: float
+    num_points: int
+    path: Path
+
+
+class _Point(NamedTuple):
+    """A measurement, and what the model's coefficients multiply in it."""
+
+    terms: tuple[float, float, float, float]
+    time_ns: float
+
+
+def fit_profile(device: torch.device, dtype: torch.dtype, heads: HeadConfig) -> Fitted:
+    """Measure, fit and write the profile of the backend that `attend` uses for these heads."""
+    backend = best_backend(heads, device, dtype)
+    points = [
+        point
+        for prefix in (64, 256, 1024, 4096)
+        for batch in (2, 8, 32)
+        for point in _measure(device, dtype, heads, prefix, batch)
+    ]
+    terms = np.array([point.terms for point in points])
+    times = np.array([point.time_ns for point in points])
+    # Relative errors: the short calls are where sharing may not pay.
+    base, kv, share, state = _non_negative_least_squares(terms / times[:, None], np.ones(len(times)))
+    error = float(np.median(np.abs(terms @ np.array([base, kv, share, state]) / times - 1)))
+    name = device_name(device)
+    profile = replace(
+        BACKENDS[backend].profile(device),
+        name=f"{name}-{backend}-fitted",
+        share_us=share / 1000,
+        kv_element_ns=kv,
+        state_element_ns=state,
+    )
+    return Fitted(profile, error, len(points), save_profile(profile, name, backend, dtype))
+
+
+def _measure(
+    device: torch.device, dtype: torch.dtype, heads: HeadConfig, prefix: int, batch: int
+) -> tuple[_Point, _Point]:
+    """Time one decode step without and with sharing; alternated, so that what else runs hits both alike."""
+    shared_pages, own_pages = prefix // PAGE_SIZE, _SUFFIX // PAGE_SIZE
+    num_pages = shared_pages + batch * own_pages
+    ids = random.Random(0).sample(range(num_pages), num_pages)
+    tables = [
+        ids[:shared_pages] + ids[shared_pages + i * own_pages : shared_pages + (i + 1) * own_pages]
+        for i in range(batch)
+    ]  # fmt: skip
+    contexts, queries = [prefix + _SUFFIX] * batch, [1] * batch
+    plans = [plan(tables, contexts, queries, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, ALWAYS_SHARE)]
+    page_bytes = dtype.itemsize * PAGE_SIZE * heads.kv_elements
+    num_layers = min(16, max(1, _LAYER_BYTES // (num_pages * page_bytes)))
+    shape = (num_layers, num_pages, PAGE_SIZE, heads.num_kv_heads)
+    k_pages = torch.randn(*shape, heads.head_dim, device=device).to(dtype)
+    v_pages = torch.randn(*shape, heads.v_head_dim, device=device).to(dtype)
+    q = torch.randn(batch, heads.num_q_heads, heads.head_dim, device=device).to(dtype)
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(_ROUNDS + 1):
+        for each, found in zip(plans, times, strict=True):
+            _synchronize(device)
+            start = time.perf_counter_ns()
+            for k_layer, v_layer in zip(k_pages, v_pages, strict=True):
+                attend(q, k_layer, v_layer, each, scale=1.0)
+            _synchronize(device)
+            if i:  # the first one compiles and lays out
+                found.append((time.perf_counter_ns() - start) / num_layers)
+    states = float(batch * heads.num_q_heads * heads.v_head_dim)
+    unshared, shared = (
+        _Point(
+            (1.0, float(each.num_kv_tokens * heads.kv_elements), len(each.shared), states * len(each.shared)),
+            statistics.median(found),
+        )
+        for each, found in zip(plans, times, strict=True)
+    )
+    return unshared, shared
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _non_negative_least_squares(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[float]:
+    """Least squares with the coefficients that would be negative left out, one by one."""
+    kept = list(range(a.shape[1]))
+    while kept:
+        solution = np.linalg.lstsq(a[:, kept], b, rcond=None)[0]
+        if solution.min() >= 0:
+            break
+        kept.remove(kept[int(solution.argmin())])
+    found = dict(zip(kept, solution.tolist(), strict=True)) if kept else {}
+    return [found.get(i, 0.0) for i in range(a.shape[1])]

@@ -1,0 +1,85 @@
+"""``macaw kernels``: whether the kernels are right here, what they take elsewhere, and what they cost."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="kernels", help="Check, compile and measure the attention kernels.", no_args_is_help=True)
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+@app.command()
+def check(device: Device = "cpu") -> None:
+    """Compare every backend of this device with the reference."""
+    import torch
+
+    from macaw_kernels.check import check_backends
+
+    failed = 0
+    for result in check_backends(torch.device(device)):
+        failed += not result.passed
+        verdict = "ok" if result.passed else "FAILED"
+        typer.echo(
+            f"{result.backend:8} {result.case:46} error {result.error:.2e} (limit {result.limit:.2e})  {verdict}"
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; all by default.")] = None,
+    fast: Annotated[bool, typer.Option(help="Only without features and with all of them.")] = False,
+) -> None:
+    """Compile the Triton kernels for GPUs that need not be here; what spills or does not fit is an error."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise typer.BadParameter("TRITON_INTERPRET=1 compiles nothing; unset it")
+    try:
+        from macaw_kernels.triton.compile import TARGETS, compile_variant, variants
+    except ModuleNotFoundError as e:
+        raise typer.BadParameter(f"it needs the package {e.name}: pip install 'macaw[gpu]'") from e
+    chosen = tuple(target or TARGETS)
+    if unknown := set(chosen) - set(TARGETS):
+        raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; one of {', '.join(TARGETS)}")
+    typer.echo("target  kernel  dtype  head_dim  registers  spills  shared KiB  features")
+    failed = 0
+    for variant in variants(chosen, all_features=not fast):
+        took = compile_variant(variant)
+        failed += not took.sound
+        features = "+".join(name.removeprefix("HAS_").lower() for name in variant.features) or "-"
+        typer.echo(
+            f"{variant.target:7} {variant.kernel:7} {variant.dtype:6} {variant.head_dim:8} {took.registers:10} "
+            f"{took.spills:7} {took.shared_bytes / 1024:11.1f}  {features}{'' if took.sound else '  FAILED'}"
+        )
+    if failed:
+        typer.echo(f"error: {failed} variants spill or do not fit", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    heads: Annotated[str, typer.Option(help="query heads : KV heads x head dim")] = "14:2x64",
+) -> None:
+    """Measure the planner's cost model on this device and keep it in a file, which the engine reads."""
+    import torch
+
+    from macaw_kernels import HeadConfig
+    from macaw_kernels.fit import fit_profile
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"dtype is {dtype!r}; float32, bfloat16 or float16")
+    try:
+        num_q_heads, rest = heads.split(":")
+        num_kv_heads, head_dim = rest.split("x")
+        config = HeadConfig(int(num_q_heads), int(num_kv_heads), int(head_dim), int(head_dim))
+    except ValueError as e:
+        raise typer.BadParameter(f"heads is {heads!r} ({e}); like 14:2x64") from e
+    fitted = fit_profile(torch.device(device), getattr(torch, dtype), config)
+    typer.echo(f"{fitted.profile}\nmedian error of the model over {fitted.num_points} points: {fitted.error:.0%}")
+    typer.echo(f"written to {fitted.path}")
