@@ -91,13 +91,16 @@ def built_in(arch: str, head_dim: int, dtype: torch.dtype) -> KernelConfig:
     """
     width = block_dim(head_dim)
     if dtype == torch.float32:  # no tensor cores, twice the shared memory
-        keys, rows = (16 if width > 64 or arch == "gfx942" else 32), (16 if width > 128 else 32)
-        return KernelConfig(TileConfig(16, keys, 4, 2), TileConfig(rows, keys, 4, 2))
+        keys = 16 if width > 64 or arch == "gfx942" else 32
+        tile = TileConfig(16, keys, 8 if width > 128 and arch != "gfx942" else 4, 2)
+        return KernelConfig(tile, tile)
     if arch == "gfx942":  # 64 KiB of shared memory
         return KernelConfig(TileConfig(16, 32, 4, 1), TileConfig(64, 32, 8 if width > 128 else 4, 1))
     keys = 32 if width > 128 else 64
     stages = 2 if width > 128 else 3
-    return KernelConfig(TileConfig(16, keys, 4, stages), TileConfig(64, keys, 8 if width > 64 else 4, stages))
+    return KernelConfig(
+        TileConfig(16, keys, 4, stages), TileConfig(64, keys, 8 if width > 64 or arch == "sm_100" else 4, stages)
+    )
 
 
 def config_file(device: str) -> Path:
