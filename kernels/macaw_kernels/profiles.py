@@ -29,7 +29,7 @@ CPU_NATIVE = DeviceProfile(
     "cpu-native",
     share_us=10.0,
     kv_element_ns=0.1,
-    state_element_ns=1.0,
+    state_element_ns=2.0,
     launch_us=0.0,
     tile_bytes=2 << 20,
 )

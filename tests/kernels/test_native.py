@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.batches import THREE_LEVELS, Seq, make_batch
-from macaw_kernels import ALWAYS_SHARE, CPU_NATIVE, NEVER_SHARE, DeviceProfile, HeadConfig, best_backend
+from macaw_kernels import ALWAYS_SHARE, NEVER_SHARE, DeviceProfile, HeadConfig, best_backend
 from macaw_kernels.backends import native_available
 from macaw_kernels.cpu import attention as native
 
@@ -21,17 +21,17 @@ LONG = [*THREE_LEVELS, Seq({"system": 3, "long": 30}, own=400, query=300), Seq({
 """Enough keys and rows to be split over threads."""
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("profile", [ALWAYS_SHARE, NEVER_SHARE, CPU_NATIVE], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("profile", [ALWAYS_SHARE, NEVER_SHARE], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("heads", [HeadConfig(14, 2, 64, 64), HeadConfig(37, 1, 32, 32)], ids=["gqa", "mqa"])
 def test_any_number_of_threads(num_threads: int, profile: DeviceProfile, heads: HeadConfig) -> None:
     batch = make_batch(LONG, heads)
     sinks = torch.linspace(-3, 3, heads.num_q_heads)
-    torch.set_num_threads(num_threads)
     for options in ({}, {"window": 300, "sinks": sinks}):
+        torch.set_num_threads(num_threads)
         got = batch.attend(profile, backend="native", **options)
+        torch.set_num_threads(1)
         torch.testing.assert_close(got.double(), batch.reference(**options), rtol=2e-5, atol=2e-6)
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,6 +16,7 @@
 #include <new>
 
 #include "simd.h"
+#include "single_row.h"
 
 namespace macaw {
 
@@ -93,35 +94,38 @@ struct Sizes {
   }
 };
 
-// Some keys' or values' rows of one KV head, as float32, and a hint about those that come next.
-template <class T>
-void gather(const void* pages, const AttentionArgs& args, const AttentionTask& task, int64_t key, int n, int dim,
-            int stride, float* to) {
-  const int64_t* table = args.block_tables + task.sequence * args.table_width;
-  const int64_t slot_stride = int64_t(args.num_kv_heads) * dim;
-  const T* head = static_cast<const T*>(pages) + int64_t(task.kv_head) * dim;
-  int64_t i_page = key / args.page_size, offset = key % args.page_size;
-  for (int i = 0; i < n; i++, to += stride) {
-    const T* from = head + (table[i_page] * args.page_size + offset) * slot_stride;
-    int c = 0;
-    for (; c + kLanes <= dim; c += kLanes) store(to + c, load(from + c));
-    for (; c < dim; c++) to[c] = to_float(from[c]);
-    if (++offset == args.page_size) offset = 0, i_page++;
+// A block of a task's keys and values: where their rows are.
+template <class T, int kKeys>
+struct Block {
+  const T *k[2 * kKeys], *v[2 * kKeys];
+  int n;  // of this block
+
+  // Those from `key` on; the ones of the next block are asked for already, or with `ahead` these.
+  void find(const AttentionArgs& args, const AttentionTask& task, int64_t key, int64_t end, bool ahead = false) {
+    const int both = int(std::min<int64_t>(ahead ? kKeys : 2 * kKeys, end - key));
+    n = ahead ? 0 : std::min(both, kKeys);
+    const int64_t* table = args.block_tables + task.sequence * args.table_width;
+    const T* k_pages = static_cast<const T*>(args.k_pages);
+    const T* v_pages = static_cast<const T*>(args.v_pages);
+    int64_t i_page = key / args.page_size, offset = key % args.page_size;
+    for (int i = 0; i < both; i++) {
+      const int64_t row = (table[i_page] * args.page_size + offset) * args.num_kv_heads + task.kv_head;
+      k[i] = k_pages + row * args.head_dim;
+      v[i] = v_pages + row * args.v_head_dim;
+      if (++offset == args.page_size) offset = 0, i_page++;
+    }
+    for (int i = n; i < both; i++) {
+      for (int c = 0; c < args.head_dim; c += 64 / sizeof(T)) __builtin_prefetch(k[i] + c);
+      for (int c = 0; c < args.v_head_dim; c += 64 / sizeof(T)) __builtin_prefetch(v[i] + c);
+    }
   }
-}
+};
 
 template <class T>
-void prefetch(const void* pages, const AttentionArgs& args, const AttentionTask& task, int64_t key, int64_t end,
-              int dim) {
-  const int64_t* table = args.block_tables + task.sequence * args.table_width;
-  const int64_t slot_stride = int64_t(args.num_kv_heads) * dim;
-  const T* head = static_cast<const T*>(pages) + int64_t(task.kv_head) * dim;
-  int64_t i_page = key / args.page_size, offset = key % args.page_size;
-  for (; key < end; key++) {
-    const char* from = reinterpret_cast<const char*>(head + (table[i_page] * args.page_size + offset) * slot_stride);
-    for (int64_t c = 0; c < int64_t(dim * sizeof(T)); c += 64) __builtin_prefetch(from + c);
-    if (++offset == args.page_size) offset = 0, i_page++;
-  }
+void copy(const T* from, int n, float* to) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) store(to + c, load(from + c));
+  for (; c < n; c++) to[c] = to_float(from[c]);
 }
 
 // s[key][lane] = sum_c q[c][lane] * k[key][c], `n` rounded up to a tile.
@@ -242,10 +246,25 @@ struct Lanes {
   int width(int lane) const { return lane / kUnitLanes * kUnit + 1 == vecs ? kLanes : kUnitLanes; }
 };
 
+// to[c * width] = the elements of lane i's query, scaled.
 template <class Q>
-void load_queries(const Lanes& lanes, const Scratch& b) {
+void load_query(const Lanes& lanes, int i, float* to, int width) {
   const AttentionArgs& args = lanes.args;
   const float scale = args.scale * (args.soft_cap != 0 ? 1.0f : kLog2e);
+  const Q* from = static_cast<const Q*>(args.q) + lanes.row(i) * args.q_row_stride + lanes.head(i) * args.q_head_stride;
+  if (width == 1) {  // known to be so, the loop becomes vectors
+    for (int c = 0; c < args.head_dim; c++) to[c] = to_float(from[c]) * scale;
+  } else {
+    for (int c = 0; c < args.head_dim; c++) to[c * width] = to_float(from[c]) * scale;
+  }
+}
+
+void load_query(const Lanes& lanes, int i, float* to, int width) {
+  lanes.args.q_dtype == kBFloat16 ? load_query<bf16>(lanes, i, to, width) : load_query<float>(lanes, i, to, width);
+}
+
+void load_queries(const Lanes& lanes, const Scratch& b) {
+  const AttentionArgs& args = lanes.args;
   for (int i = 0; i < lanes.vecs * kLanes; i++) {
     const int width = lanes.width(i);
     float* to = b.q + i / kUnitLanes * kUnitLanes * args.head_dim + i % kUnitLanes;
@@ -257,9 +276,8 @@ void load_queries(const Lanes& lanes, const Scratch& b) {
       b.end[i] = b.end[i - 1];
       continue;
     }
-    const int64_t row = lanes.row(i), position = args.positions[row];
-    const Q* from = static_cast<const Q*>(args.q) + row * args.q_row_stride + lanes.head(i) * args.q_head_stride;
-    for (int c = 0; c < args.head_dim; c++) to[c * width] = to_float(from[c]) * scale;
+    load_query(lanes, i, to, width);
+    const int64_t position = args.positions[lanes.row(i)];
     const int64_t visible = args.window ? position - args.window + 1 : 0;
     b.first[i] = int32_t(std::max(lanes.task.first_key, visible));
     b.end[i] = int32_t(std::min(lanes.task.end_key, position + 1));
@@ -268,51 +286,83 @@ void load_queries(const Lanes& lanes, const Scratch& b) {
 }
 
 template <class Q>
-void write(const Lanes& lanes, const Scratch& b, const States& states) {
-  const AttentionArgs& args = lanes.args;
-  for (int i = 0; i < lanes.count; i++) {
-    const int width = lanes.width(i), head = lanes.head(i);
-    const float* from = b.o + i / kUnitLanes * kUnitLanes * (args.v_head_dim + kPad) + i % kUnitLanes;
-    float total = b.total[i];
-    if (lanes.task.state >= 0) {
-      const int64_t state = (lanes.task.state + i / lanes.group) * args.num_q_heads + head;
-      states.lse[state] = total > 0 ? b.top[i] + std::log2(total) : -INFINITY;
-      float* to = states.o + state * args.v_head_dim;
-      for (int c = 0; c < args.v_head_dim; c++) to[c] = from[c * width] / total;
-      continue;
-    }
-    float factor = 1;
-    if (args.sinks) {
-      const float sink = args.sinks[head] * kLog2e, top = std::max(sink, b.top[i]);
-      factor = std::exp2(b.top[i] - top);
-      total = total * factor + std::exp2(sink - top);
-    }
-    factor /= total;
-    Q* to = static_cast<Q*>(args.out) + lanes.row(i) * args.out_row_stride + head * args.out_head_stride;
-    for (int c = 0; c < args.v_head_dim; c++) store_one(to + c, from[c * width] * factor);
+void write_row(Q* to, const float* from, int width, int n, float factor) {
+  if (width == 1) {
+    for (int c = 0; c < n; c++) store_one(to + c, from[c] * factor);
+  } else {
+    for (int c = 0; c < n; c++) store_one(to + c, from[c * width] * factor);
   }
 }
 
-template <class Q, class KV, int kStride>
-void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
-  const Lanes lanes{args, task};
-  load_queries<Q>(lanes, b);
+// Write lane i's result; its columns are `width` apart.
+void write(const Lanes& lanes, int i, float top, float total, const float* o, int width, const States& states) {
+  const AttentionArgs& args = lanes.args;
+  const int head = lanes.head(i), dim = args.v_head_dim;
+  if (lanes.task.state >= 0) {
+    const int64_t state = (lanes.task.state + i / lanes.group) * args.num_q_heads + head;
+    states.lse[state] = total > 0 ? top + std::log2(total) : -INFINITY;
+    return write_row(states.o + state * dim, o, width, dim, 1 / total);
+  }
+  float factor = 1;
+  if (args.sinks) {
+    const float sink = args.sinks[head] * kLog2e, highest = std::max(sink, top);
+    factor = std::exp2(top - highest);
+    total = total * factor + std::exp2(sink - highest);
+  }
+  const int64_t at = lanes.row(i) * args.out_row_stride + head * args.out_head_stride;
+  if (args.q_dtype == kBFloat16) return write_row(static_cast<bf16*>(args.out) + at, o, width, dim, factor / total);
+  write_row(static_cast<float*>(args.out) + at, o, width, dim, factor / total);
+}
+
+template <class KV, int kQueries>
+void run_single_row(const Lanes& lanes, const Scratch& b, const States& states) {
+  using Row = SingleRow<KV, kQueries>;
+  const AttentionArgs& args = lanes.args;
+  for (int i = 0; i < kQueries; i++) load_query(lanes, i, b.q + i * args.head_dim, 1);
+  Row row{args.head_dim, args.v_head_dim, b.q, b.o, args.soft_cap, {}, {}, {}};
+  row.start();
+  Block<KV, Row::kKeys> block;
+  const int64_t position = args.positions[lanes.row(0)], end = std::min(lanes.task.end_key, position + 1);
+  int64_t key = lanes.task.first_key;
+  if (args.window) key = std::max(key, position - args.window + 1);
+  for (; key < end; key += block.n) {
+    block.find(args, lanes.task, key, end);
+    for (int i = block.n; i % kLanes; i++) block.k[i] = block.k[block.n - 1];
+    row.step(block.k, block.v, block.n, capped);
+  }
+  for (int i = 0; i < kQueries; i++) {
+    write(lanes, i, row.top[i], sum(row.total[i]), b.o + i * args.v_head_dim, 1, states);
+  }
+}
+
+template <class KV, int kQueries = kMaxRowQueries>
+void run_single_row_of(const Lanes& lanes, const Scratch& b, const States& states) {
+  if constexpr (kQueries > 0) {
+    if (lanes.count == kQueries) return run_single_row<KV, kQueries>(lanes, b, states);
+    run_single_row_of<KV, kQueries - 1>(lanes, b, states);
+  }
+}
+
+template <class KV, int kStride>
+void run_rows(const Lanes& lanes, const Scratch& b, const States& states) {
+  const AttentionArgs& args = lanes.args;
+  load_queries(lanes, b);
   const int padded = lanes.vecs * kLanes;
   const int64_t first = *std::min_element(b.first, b.first + padded), end = *std::max_element(b.end, b.end + padded);
-  for (int64_t key = first; key < end; key += kBlockKeys) {
-    const int n = int(std::min<int64_t>(kBlockKeys, end - key));
-    gather<KV>(args.k_pages, args, task, key, n, args.head_dim, kStride, b.k);
-    gather<KV>(args.v_pages, args, task, key, n, args.v_head_dim, kStride, b.v);
-    const int64_t next = std::min(key + 2 * kBlockKeys, end);
-    prefetch<KV>(args.k_pages, args, task, key + n, next, args.head_dim);
-    prefetch<KV>(args.v_pages, args, task, key + n, next, args.v_head_dim);
+  Block<KV, kBlockKeys> block;
+  for (int64_t key = first; key < end; key += block.n) {
+    block.find(args, lanes.task, key, end);
+    for (int i = 0; i < block.n; i++) {
+      copy(block.k[i], args.head_dim, b.k + i * kStride);
+      copy(block.v[i], args.v_head_dim, b.v + i * kStride);
+    }
     for (int lane = 0, unit = 0; lane < padded; lane += kUnitLanes, unit++) {
       const int width = std::min(kUnitLanes, padded - lane);
       const auto [first_min, first_max] = std::minmax_element(b.first + lane, b.first + lane + width);
       const auto [end_min, end_max] = std::minmax_element(b.end + lane, b.end + lane + width);
-      if (key >= *end_max || key + n <= *first_min) continue;
-      const bool masked = key < *first_max || key + n > *end_min;
-      const int visible = int(std::min<int64_t>(n, *end_max - key));
+      if (key >= *end_max || key + block.n <= *first_min) continue;
+      const bool masked = key < *first_max || key + block.n > *end_min;
+      const int visible = int(std::min<int64_t>(block.n, *end_max - key));
       if (width == kUnitLanes) {
         step<kUnit, kStride>(args, b, unit, key, visible, masked);
       } else {
@@ -320,11 +370,35 @@ void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratc
       }
     }
   }
-  write<Q>(lanes, b, states);
+  for (int i = 0; i < lanes.count; i++) {
+    const float* o = b.o + i / kUnitLanes * kUnitLanes * (args.v_head_dim + kPad) + i % kUnitLanes;
+    write(lanes, i, b.top[i], b.total[i], o, lanes.width(i), states);
+  }
+}
+
+// Ask for the first keys and values of a task that someone will soon take: short ones are over before memory answers.
+template <class KV>
+void prefetch(const AttentionArgs& args, const AttentionTask& task) {
+  Block<KV, kBlockKeys> block;
+  block.find(args, task, task.first_key, task.end_key, true);
+}
+
+template <class KV>
+void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
+  const Lanes lanes{args, task};
+  const bool whole_vectors = args.head_dim % kLanes == 0 && args.v_head_dim % kLanes == 0;
+  const bool alike = task.num_rows == 1 || (task.shared && !args.window);  // all see the same keys
+  if (alike && lanes.count <= kMaxRowQueries && whole_vectors) {
+    return run_single_row_of<KV>(lanes, b, states);
+  }
+  switch (row_stride(args)) {
+    case 64: return run_rows<KV, 64>(lanes, b, states);
+    case 128: return run_rows<KV, 128>(lanes, b, states);
+    default: return run_rows<KV, 256>(lanes, b, states);
+  }
 }
 
 // out[row] := the merge of the row's states, the sink as one more key without a value.
-template <class Q>
 void merge_row(const AttentionArgs& args, int64_t row, const States& states, float* o) {
   const AttentionSchedule& schedule = *args.schedule;
   const int64_t begin = schedule.row_starts[row], end = schedule.row_starts[row + 1];
@@ -342,45 +416,12 @@ void merge_row(const AttentionArgs& args, int64_t row, const States& states, flo
       const float* from = states.o + state * args.v_head_dim;
       for (int c = 0; c < args.v_head_dim; c++) o[c] += weight * from[c];
     }
-    Q* to = static_cast<Q*>(args.out) + row * args.out_row_stride + head * args.out_head_stride;
-    for (int c = 0; c < args.v_head_dim; c++) store_one(to + c, o[c] / total);
-  }
-}
-
-template <class Q, class KV, int kStride>
-void run(const AttentionArgs& args, const Team& team) {
-  const AttentionSchedule& schedule = *args.schedule;
-  const Sizes sizes(args);
-  Shared& shared = *static_cast<Shared*>(args.workspace);
-  float* memory = static_cast<float*>(args.workspace) + sizes.shared;
-  const States states{memory, memory + sizes.o};
-  Scratch scratch;
-  scratch.layout(memory + sizes.o + sizes.lse + team.thread * sizes.scratch, args);
-
-  const int64_t num_tasks = int64_t(schedule.tasks.size());
-  for (int64_t i = shared.tasks.next(); i < num_tasks; i = shared.tasks.next()) {
-    run_task<Q, KV, kStride>(args, schedule.tasks[i], scratch, states);
-  }
-  if (schedule.num_slots) {
-    team.barrier->wait();
-    for (int64_t row = shared.rows.next(); row < args.num_tokens; row = shared.rows.next()) {
-      merge_row<Q>(args, row, states, scratch.o);
+    const int64_t at = row * args.out_row_stride + head * args.out_head_stride;
+    if (args.q_dtype == kBFloat16) {
+      write_row(static_cast<bf16*>(args.out) + at, o, 1, args.v_head_dim, 1 / total);
+    } else {
+      write_row(static_cast<float*>(args.out) + at, o, 1, args.v_head_dim, 1 / total);
     }
-  }
-  // The last to leave makes the counters ready: nobody looks at them any more, and the next use is after a meeting.
-  if (shared.done.fetch_add(1, std::memory_order_acq_rel) + 1 == team.num_threads) {
-    shared.tasks.reset();
-    shared.rows.reset();
-    shared.done.store(0, std::memory_order_relaxed);
-  }
-}
-
-template <class Q, class KV>
-void run_strided(const AttentionArgs& args, const Team& team) {
-  switch (row_stride(args)) {
-    case 64: return run<Q, KV, 64>(args, team);
-    case 128: return run<Q, KV, 128>(args, team);
-    default: return run<Q, KV, 256>(args, team);
   }
 }
 
@@ -397,11 +438,33 @@ int64_t attention_workspace(const AttentionArgs& args, int num_threads) {
 }
 
 void attend(const AttentionArgs& args, const Team& team) {
-  const bool bf16_q = args.q_dtype == kBFloat16, bf16_kv = args.kv_dtype == kBFloat16;
-  if (bf16_q) {
-    bf16_kv ? run_strided<bf16, bf16>(args, team) : run_strided<bf16, float>(args, team);
-  } else {
-    bf16_kv ? run_strided<float, bf16>(args, team) : run_strided<float, float>(args, team);
+  const AttentionSchedule& schedule = *args.schedule;
+  const Sizes sizes(args);
+  Shared& shared = *static_cast<Shared*>(args.workspace);
+  float* memory = static_cast<float*>(args.workspace) + sizes.shared;
+  const States states{memory, memory + sizes.o};
+  Scratch scratch;
+  scratch.layout(memory + sizes.o + sizes.lse + team.thread * sizes.scratch, args);
+
+  const bool narrow = args.kv_dtype == kBFloat16;
+  const auto run = narrow ? run_task<bf16> : run_task<float>;
+  const auto ask = narrow ? prefetch<bf16> : prefetch<float>;
+  const int64_t num_tasks = int64_t(schedule.tasks.size());
+  for (int64_t i = shared.tasks.next(); i < num_tasks; i = shared.tasks.next()) {
+    if (i + team.num_threads < num_tasks) ask(args, schedule.tasks[i + team.num_threads]);
+    run(args, schedule.tasks[i], scratch, states);
+  }
+  if (schedule.num_slots) {
+    team.barrier->wait();
+    for (int64_t row = shared.rows.next(); row < args.num_tokens; row = shared.rows.next()) {
+      merge_row(args, row, states, scratch.o);
+    }
+  }
+  // The last to leave makes the counters ready: nobody looks at them any more, and the next use is after a meeting.
+  if (shared.done.fetch_add(1, std::memory_order_acq_rel) + 1 == team.num_threads) {
+    shared.tasks.reset();
+    shared.rows.reset();
+    shared.done.store(0, std::memory_order_relaxed);
   }
 }
 

@@ -1,6 +1,10 @@
 // Vectors of the machine's own width (AVX-512, AVX2, else SSE/NEON by the compiler), and bfloat16.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -45,7 +49,16 @@ inline Vec of_bits(VecU x) { return load_as<Vec>(&x); }
 
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline Vec load(const bf16* p) {
+  // By name, because GCC 12 converts halves of the vector and joins them.
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return of_bits(load_as<VecU>(&wide) << 16);
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return of_bits(load_as<VecU>(&wide) << 16);
+#else
   return of_bits(__builtin_convertvector(load_as<VecH>(p), VecU) << 16);
+#endif
 }
 // The compiler widens bytes one by one; the instructions do it in one go.
 inline Vec load(const int8_t* p) {
@@ -91,6 +104,52 @@ inline float max_of(Vec v) {
   float m = v[0];
   for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+#if defined(__clang__)
+#define MACAW_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MACAW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+
+// Lane i of the result is the sum of the lanes of v[i]: pairs of vectors are folded into one, again and again.
+inline Vec sums(const Vec (&v)[kLanes]) {
+  Vec quad[kLanes / 4];  // each 128 bits of it: sums over those 128 bits of 4 vectors
+  for (int i = 0; i < kLanes / 4; i++) {
+    const Vec* x = v + 4 * i;
+#if defined(__AVX512F__)
+    const auto even = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29); };
+    const auto odd = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31); };
+    const auto low = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); };
+    const auto high = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); };
+#elif defined(__AVX2__)
+    const auto even = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13); };
+    const auto odd = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); };
+    const auto low = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13); };
+    const auto high = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15); };
+#else
+    const auto even = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 4, 1, 5); };
+    const auto odd = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 6, 3, 7); };
+    const auto low = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 0, 1, 4, 5); };
+    const auto high = [](Vec a, Vec b) { return MACAW_SHUFFLE(a, b, 2, 3, 6, 7); };
+#endif
+    const Vec first = even(x[0], x[1]) + odd(x[0], x[1]), second = even(x[2], x[3]) + odd(x[2], x[3]);
+    quad[i] = low(first, second) + high(first, second);
+  }
+#if defined(__AVX512F__)
+  const auto halves = [](Vec a, Vec b) {
+    return MACAW_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           MACAW_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  const Vec a = halves(quad[0], quad[1]), b = halves(quad[2], quad[3]);
+  return MACAW_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         MACAW_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#elif defined(__AVX2__)
+  return MACAW_SHUFFLE(quad[0], quad[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         MACAW_SHUFFLE(quad[0], quad[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+  return quad[0];
+#endif
 }
 
 // exp by 2^n * 2^f, f in [-1/2, 1/2], with a polynomial of degree 6: relative error below 3e-7.

@@ -1,0 +1,105 @@
+// A few queries that see the same keys of one KV head, such as the query heads of one row: decode. Keys and values are read from their pages as they are.
+//
+// With so few queries the elements of a key are the lanes, and its products with each query are summed up in the end,
+// eight or sixteen keys at a time. Each element of K and V is loaded and converted once for all queries.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace macaw {
+
+constexpr int kMaxRowQueries = 8;
+
+// Online softmax over blocks of keys for `kQueries` queries; dims that are multiples of kLanes.
+template <class KV, int kQueries>
+struct SingleRow {
+  static constexpr int kKeys = 32;  // of a block
+  static constexpr int kCols = kQueries == 1 ? 8 : kQueries <= 3 ? 4 : kQueries * 2 <= kRegisters - 4 ? 2 : 1;
+
+  int head_dim, v_head_dim;
+  const float* q;  // [kQueries][head_dim], scaled
+  float* o;        // [kQueries][v_head_dim]
+  float soft_cap;
+  float top[kQueries];
+  Vec total[kQueries];
+  float weights[kQueries][kKeys];
+
+  void start() {
+    std::fill_n(top, kQueries, -1e30f);
+    std::fill_n(total, kQueries, Vec{});
+    std::fill_n(o, kQueries * v_head_dim, 0.0f);
+  }
+
+  // Take the next `n` keys; `k` goes on to a multiple of kLanes with keys that may be read and do not count.
+  template <class Cap>
+  void step(const KV* const* k, const KV* const* v, int n, const Cap& capped) {
+    for (int j = 0; j < n; j += kLanes) scores(k + j, j);
+    float decay[kQueries];
+    for (int m = 0; m < kQueries; m++) decay[m] = soften(m, n, capped);
+    int c = 0;
+    for (; c + kCols * kLanes <= v_head_dim; c += kCols * kLanes) accumulate<kCols>(v, n, c, decay);
+    for (; c < v_head_dim; c += kLanes) accumulate<1>(v, n, c, decay);
+  }
+
+ private:
+  void scores(const KV* const* k, int at) {
+    Vec products[kQueries][kLanes];
+    for (int j = 0; j < kLanes; j++) {
+      Vec dot[kQueries] = {};
+      for (int c = 0; c < head_dim; c += kLanes) {
+        const Vec b_k = load(k[j] + c);
+#pragma GCC unroll 8
+        for (int m = 0; m < kQueries; m++) dot[m] += b_k * load(q + m * head_dim + c);
+      }
+      for (int m = 0; m < kQueries; m++) products[m][j] = dot[m];
+    }
+    for (int m = 0; m < kQueries; m++) macaw::store(weights[m] + at, sums(products[m]));
+  }
+
+  // Scores to weights; returns what older sums are worth against the new maximum.
+  template <class Cap>
+  float soften(int m, int n, const Cap& capped) {
+    float* s = weights[m];
+    const int end = (n + kLanes - 1) / kLanes * kLanes;
+    if (soft_cap != 0) {
+      for (int j = 0; j < end; j += kLanes) macaw::store(s + j, capped(load(s + j), soft_cap));
+    }
+    for (int j = n; j < end; j++) s[j] = -INFINITY;
+    Vec highest = load(s);
+    for (int j = kLanes; j < end; j += kLanes) highest = max(highest, load(s + j));
+    const float old = top[m];
+    top[m] = std::max(old, max_of(highest));
+    const Vec decay = exp2_nonpositive(splat(old - top[m]));
+    total[m] *= decay;
+    for (int j = 0; j < end; j += kLanes) {
+      const Vec weight = exp2_nonpositive(load(s + j) - splat(top[m]));
+      macaw::store(s + j, weight);
+      total[m] += weight;
+    }
+    return decay[0];
+  }
+
+  template <int kVecs>
+  void accumulate(const KV* const* v, int n, int c, const float* decay) {
+    Vec sum[kQueries][kVecs];
+    for (int m = 0; m < kQueries; m++) {
+      for (int i = 0; i < kVecs; i++) sum[m][i] = load(o + m * v_head_dim + c + i * kLanes) * splat(decay[m]);
+    }
+    for (int j = 0; j < n; j++) {
+      Vec b_v[kVecs];
+      for (int i = 0; i < kVecs; i++) b_v[i] = load(v[j] + c + i * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < kQueries; m++) {
+        const Vec weight = splat(weights[m][j]);
+        for (int i = 0; i < kVecs; i++) sum[m][i] += weight * b_v[i];
+      }
+    }
+    for (int m = 0; m < kQueries; m++) {
+      for (int i = 0; i < kVecs; i++) macaw::store(o + m * v_head_dim + c + i * kLanes, sum[m][i]);
+    }
+  }
+};
+
+}  // namespace macaw
