@@ -27,6 +27,8 @@ constexpr int kBlockKeys = 24;
 constexpr int kUnit = 2;  // vectors of queries that are computed together
 constexpr int kPad = 8;   // value columns that a tile may go beyond a row
 constexpr int kUnitLanes = kUnit * kLanes;
+constexpr int kMaxTaskHeads = 16;
+constexpr int64_t kTaskBlockBytes = 64 << 10;  // keys and values of a block of all heads of a task
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -115,8 +117,9 @@ struct Block {
       if (++offset == args.page_size) offset = 0, i_page++;
     }
     for (int i = n; i < both; i++) {
-      for (int c = 0; c < args.head_dim; c += 64 / sizeof(T)) __builtin_prefetch(k[i] + c);
-      for (int c = 0; c < args.v_head_dim; c += 64 / sizeof(T)) __builtin_prefetch(v[i] + c);
+      const int heads = std::max(1, task.num_heads);
+      for (int c = 0; c < heads * args.head_dim; c += 64 / sizeof(T)) __builtin_prefetch(k[i] + c);
+      for (int c = 0; c < heads * args.v_head_dim; c += 64 / sizeof(T)) __builtin_prefetch(v[i] + c);
     }
   }
 };
@@ -315,31 +318,43 @@ void write(const Lanes& lanes, int i, float top, float total, const float* o, in
 }
 
 template <class KV, int kQueries>
-void run_single_row(const Lanes& lanes, const Scratch& b, const States& states) {
+void run_single_row(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
   using Row = SingleRow<KV, kQueries>;
-  const AttentionArgs& args = lanes.args;
-  for (int i = 0; i < kQueries; i++) load_query(lanes, i, b.q + i * args.head_dim, 1);
-  Row row{args.head_dim, args.v_head_dim, b.q, b.o, args.soft_cap, {}, {}, {}};
-  row.start();
+  AttentionTask of_head[kMaxTaskHeads];
+  Row heads[kMaxTaskHeads];
+  float weights[kQueries][Row::kKeys];
+  for (int h = 0; h < task.num_heads; h++) {
+    of_head[h] = task;
+    of_head[h].kv_head += h;
+    float* q = b.q + h * kQueries * args.head_dim;
+    for (int i = 0; i < kQueries; i++) load_query({args, of_head[h]}, i, q + i * args.head_dim, 1);
+    float* o = b.o + h * kQueries * args.v_head_dim;
+    heads[h] = Row{args.head_dim, args.v_head_dim, q, o, weights, args.soft_cap, {}, {}};
+    heads[h].start();
+  }
   Block<KV, Row::kKeys> block;
-  const int64_t position = args.positions[lanes.row(0)], end = std::min(lanes.task.end_key, position + 1);
-  int64_t key = lanes.task.first_key;
+  const int64_t position = args.positions[Lanes{args, task}.row(0)], end = std::min(task.end_key, position + 1);
+  int64_t key = task.first_key;
   if (args.window) key = std::max(key, position - args.window + 1);
   for (; key < end; key += block.n) {
-    block.find(args, lanes.task, key, end);
+    block.find(args, task, key, end);
     for (int i = block.n; i % kLanes; i++) block.k[i] = block.k[block.n - 1];
-    row.step(block.k, block.v, block.n, capped);
+    for (int h = 0; h < task.num_heads; h++) {
+      heads[h].step(block.k, h * args.head_dim, block.v, h * args.v_head_dim, block.n, capped);
+    }
   }
-  for (int i = 0; i < kQueries; i++) {
-    write(lanes, i, row.top[i], sum(row.total[i]), b.o + i * args.v_head_dim, 1, states);
+  for (int h = 0; h < task.num_heads; h++) {
+    for (int i = 0; i < kQueries; i++) {
+      write({args, of_head[h]}, i, heads[h].top[i], sum(heads[h].total[i]), heads[h].o + i * args.v_head_dim, 1, states);
+    }
   }
 }
 
 template <class KV, int kQueries = kMaxRowQueries>
-void run_single_row_of(const Lanes& lanes, const Scratch& b, const States& states) {
+void run_single_row_of(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
   if constexpr (kQueries > 0) {
-    if (lanes.count == kQueries) return run_single_row<KV, kQueries>(lanes, b, states);
-    run_single_row_of<KV, kQueries - 1>(lanes, b, states);
+    if (Lanes{args, task}.count == kQueries) return run_single_row<KV, kQueries>(args, task, b, states);
+    run_single_row_of<KV, kQueries - 1>(args, task, b, states);
   }
 }
 
@@ -385,12 +400,8 @@ void prefetch(const AttentionArgs& args, const AttentionTask& task) {
 
 template <class KV>
 void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
+  if (task.num_heads) return run_single_row_of<KV>(args, task, b, states);
   const Lanes lanes{args, task};
-  const bool whole_vectors = args.head_dim % kLanes == 0 && args.v_head_dim % kLanes == 0;
-  const bool alike = task.num_rows == 1 || (task.shared && !args.window);  // all see the same keys
-  if (alike && lanes.count <= kMaxRowQueries && whole_vectors) {
-    return run_single_row_of<KV>(lanes, b, states);
-  }
   switch (row_stride(args)) {
     case 64: return run_rows<KV, 64>(lanes, b, states);
     case 128: return run_rows<KV, 128>(lanes, b, states);
@@ -430,6 +441,15 @@ void merge_row(const AttentionArgs& args, int64_t row, const States& states, flo
 int64_t task_rows(const AttentionArgs& args) {
   const int64_t lanes = std::clamp<int64_t>(32768 / (args.head_dim + args.v_head_dim), 2 * kUnitLanes, 256);
   return std::max<int64_t>(1, lanes / (args.num_q_heads / args.num_kv_heads));
+}
+
+int64_t task_heads(const AttentionArgs& args, int64_t num_rows, bool shared) {
+  const int64_t queries = num_rows * (args.num_q_heads / args.num_kv_heads), dims = args.head_dim + args.v_head_dim;
+  const bool alike = num_rows == 1 || (shared && !args.window);  // all see the same keys
+  const bool whole_vectors = args.head_dim % kLanes == 0 && args.v_head_dim % kLanes == 0;
+  if (!alike || queries > kMaxRowQueries || !whole_vectors) return 0;
+  const int64_t most = std::min<int64_t>({args.num_kv_heads, kMaxTaskHeads, Scratch::lanes(args) / queries});
+  return std::clamp<int64_t>(kTaskBlockBytes / (32 * 2 * dims), 1, most);
 }
 
 int64_t attention_workspace(const AttentionArgs& args, int num_threads) {

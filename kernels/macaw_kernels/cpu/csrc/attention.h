@@ -16,6 +16,7 @@ struct AttentionTask {
   int64_t first_key, end_key;  // positions
   int64_t state;               // slot of the first row's attention state, or -1: the rows go straight to `out`
   int32_t num_rows, sequence, kv_head, shared;
+  int32_t num_heads;           // KV heads from `kv_head` on, of `task_heads`; 0: one, and more queries than that is for
 };
 
 // Which tasks a plan comes to, the long ones first, and which states make up a row. The same for all layers.
@@ -61,6 +62,10 @@ struct AttentionArgs {
 
 // The most rows that one task takes.
 int64_t task_rows(const AttentionArgs& args);
+
+// KV heads that one task takes of rows with few queries: their keys lie side by side, and reading them head by head
+// would wait for memory at every one. 0 if there are too many queries, or they see different keys.
+int64_t task_heads(const AttentionArgs& args, int64_t num_rows, bool shared);
 
 // What the layers of a step have in common, from the plan's part of the arguments, their heads and dims and the
 // window. Any number of threads may run it; for `num_threads` the work is divided evenly.

@@ -76,19 +76,22 @@ AttentionSchedule make_schedule(const AttentionArgs& args, int num_threads) {
     if (num_threads > 1) rows = std::clamp<int64_t>(std::max(kMinRowLanes, target / keys) / group, 1, max_rows);
     const int64_t blocks = div_up(item.num_rows, rows);
     rows = div_up(item.num_rows, blocks);
+    const int64_t together = task_heads(args, rows, item.shared), heads = std::max<int64_t>(1, together);
     int64_t splits = 1;
     if (num_threads > 1) {
-      const int64_t cost = div_up(rows * group, kLanes) * kLanes * keys;
+      const int64_t cost = div_up(rows * group, kLanes) * kLanes * keys * heads;
       splits = std::clamp<int64_t>((cost + target / 2) / target, 1, std::max<int64_t>(1, keys / kMinSplitKeys));
+      if (splits > num_threads) splits -= splits % num_threads;
     }
     const bool direct = !item.shared && splits == 1 && !num_states[item.rows + 1];
     for (int64_t split = 0; split < splits; split++) {
       const int64_t first = item.first_key + keys * split / splits, end = item.first_key + keys * (split + 1) / splits;
       for (int64_t row = 0; row < item.num_rows; row += rows) {
         const int64_t n = std::min(rows, item.num_rows - row);
-        for (int32_t head = 0; head < args.num_kv_heads; head++) {
+        for (int64_t head = 0; head < args.num_kv_heads; head += heads) {
+          const int64_t count = together ? std::min(heads, args.num_kv_heads - head) : 0;
           schedule.tasks.push_back({item.rows + row, first, end, direct ? -1 : schedule.num_slots + row, int32_t(n),
-                                    item.sequence, head, item.shared});
+                                    item.sequence, int32_t(head), item.shared, int32_t(count)});
         }
       }
       if (direct) continue;

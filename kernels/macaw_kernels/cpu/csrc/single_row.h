@@ -1,4 +1,5 @@
-// A few queries that see the same keys of one KV head, such as the query heads of one row: decode. Keys and values are read from their pages as they are.
+// A few queries that see the same keys of one KV head, such as the query heads of one row: decode. Keys and values are
+// read from their pages as they are.
 //
 // With so few queries the elements of a key are the lanes, and its products with each query are summed up in the end,
 // eight or sixteen keys at a time. Each element of K and V is loaded and converted once for all queries.
@@ -21,10 +22,10 @@ struct SingleRow {
   int head_dim, v_head_dim;
   const float* q;  // [kQueries][head_dim], scaled
   float* o;        // [kQueries][v_head_dim]
+  float (*weights)[kKeys];  // [kQueries], of one block
   float soft_cap;
   float top[kQueries];
   Vec total[kQueries];
-  float weights[kQueries][kKeys];
 
   void start() {
     std::fill_n(top, kQueries, -1e30f);
@@ -32,24 +33,25 @@ struct SingleRow {
     std::fill_n(o, kQueries * v_head_dim, 0.0f);
   }
 
-  // Take the next `n` keys; `k` goes on to a multiple of kLanes with keys that may be read and do not count.
+  // Take the next `n` keys, whose rows start `k_offset` and `v_offset` elements behind `k` and `v`; `k` goes on to a
+  // multiple of kLanes with keys that may be read and do not count.
   template <class Cap>
-  void step(const KV* const* k, const KV* const* v, int n, const Cap& capped) {
-    for (int j = 0; j < n; j += kLanes) scores(k + j, j);
+  void step(const KV* const* k, int k_offset, const KV* const* v, int v_offset, int n, const Cap& capped) {
+    for (int j = 0; j < n; j += kLanes) scores(k + j, k_offset, j);
     float decay[kQueries];
     for (int m = 0; m < kQueries; m++) decay[m] = soften(m, n, capped);
     int c = 0;
-    for (; c + kCols * kLanes <= v_head_dim; c += kCols * kLanes) accumulate<kCols>(v, n, c, decay);
-    for (; c < v_head_dim; c += kLanes) accumulate<1>(v, n, c, decay);
+    for (; c + kCols * kLanes <= v_head_dim; c += kCols * kLanes) accumulate<kCols>(v, v_offset, n, c, decay);
+    for (; c < v_head_dim; c += kLanes) accumulate<1>(v, v_offset, n, c, decay);
   }
 
  private:
-  void scores(const KV* const* k, int at) {
+  void scores(const KV* const* k, int offset, int at) {
     Vec products[kQueries][kLanes];
     for (int j = 0; j < kLanes; j++) {
       Vec dot[kQueries] = {};
       for (int c = 0; c < head_dim; c += kLanes) {
-        const Vec b_k = load(k[j] + c);
+        const Vec b_k = load(k[j] + offset + c);
 #pragma GCC unroll 8
         for (int m = 0; m < kQueries; m++) dot[m] += b_k * load(q + m * head_dim + c);
       }
@@ -82,14 +84,14 @@ struct SingleRow {
   }
 
   template <int kVecs>
-  void accumulate(const KV* const* v, int n, int c, const float* decay) {
+  void accumulate(const KV* const* v, int offset, int n, int c, const float* decay) {
     Vec sum[kQueries][kVecs];
     for (int m = 0; m < kQueries; m++) {
       for (int i = 0; i < kVecs; i++) sum[m][i] = load(o + m * v_head_dim + c + i * kLanes) * splat(decay[m]);
     }
     for (int j = 0; j < n; j++) {
       Vec b_v[kVecs];
-      for (int i = 0; i < kVecs; i++) b_v[i] = load(v[j] + c + i * kLanes);
+      for (int i = 0; i < kVecs; i++) b_v[i] = load(v[j] + offset + c + i * kLanes);
 #pragma GCC unroll 8
       for (int m = 0; m < kQueries; m++) {
         const Vec weight = splat(weights[m][j]);
