@@ -46,7 +46,8 @@ class EngineConfig(BaseModel):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: bfloat16 where the device is fast at it, else float32."
+        default="auto",
+        description="auto: bfloat16 where it is fast (GPUs, native CPU kernels, CPUs with bfloat16), else float32.",
     )
     max_model_len: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="Prompt plus output, in tokens; default: what the model was made for."

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile
+from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile, native_available
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
@@ -22,6 +22,7 @@ from macaw_server.engine.sampler import Row, Sampled, sample
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
+from macaw_server.models.native import FAMILIES
 from macaw_server.models.probe import prepare
 from macaw_server.scheduler import (
     Proposer,
@@ -62,8 +63,8 @@ class EngineCore:
         make_proposer: ProposerFactory = prompt_lookup,
     ) -> None:
         device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, device)
         hf = loader.load_config(config)
+        dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
         profile = _profile(config, device, dtype)
         model = loader.load_model(config, hf, device, dtype, on_loading)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -258,6 +259,12 @@ def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:
     if grammar is not None and grammar.error is not None:
         return "invalid_request", grammar.error
     return "internal_error", "The model's logits are not numbers; are its weights sound?"
+
+
+def _native(config: EngineConfig, device: torch.device, hf: Any) -> bool:
+    """Whether the native CPU decoder is likely to run the model; loading tells for sure."""
+    covered = hf.get_text_config().model_type in FAMILIES
+    return config.native and device.type == "cpu" and covered and native_available()
 
 
 def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> DeviceProfile:

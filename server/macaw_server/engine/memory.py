@@ -51,13 +51,24 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for ``auto`` (bfloat16 where the device computes it fast, else float32) or an explicit name."""
+def choose_dtype(name: str, device: torch.device, *, native: bool) -> torch.dtype:
+    """The dtype for ``auto`` or an explicit name.
+
+    Args:
+        name: ``auto`` is bfloat16 where it is fast, else float32.
+        device: Where the model will be.
+        native: The native CPU decoder will run it: that reads bfloat16 fast on any processor.
+    """
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else native or fast_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them torch multiplies hundreds of times slower."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def free_memory(device: torch.device) -> int:

@@ -8,10 +8,14 @@ third time by the native decoder, where there is one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from macaw_kernels import DeviceProfile
@@ -27,6 +31,7 @@ from macaw_server.engine.attention import (
     current_batch,
 )
 from macaw_server.engine.forward import ForwardPass, NativeForward, StockForward
+from macaw_server.engine.memory import fast_bfloat16
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.errors import ConfigError, ModelLoadError
 from macaw_server.models.native import NotNativeError, free_weights, read_weights
@@ -71,7 +76,7 @@ def prepare(model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_
     hf: Any = model.config
     prompts = _prompts(hf.get_text_config().vocab_size)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    with torch.inference_mode():
+    with torch.inference_mode(), _quick_products(model):
         stock = [_stock_logits(model, prompt) for prompt in prompts]
         forward = StockForward(model)
         attention_backend = None if config.native else "torch"
@@ -123,6 +128,26 @@ def _native(model: nn.Module, config: EngineConfig, layers: dict[int, LayerSpec]
         return NativeDecoder(read_weights(model, layers, max_model_len), config.quantization or stored[parameter.dtype])
     except (AttributeError, ValueError) as e:  # modules named or shaped unlike their family's
         raise NotNativeError(str(e)) from e
+
+
+@contextmanager
+def _quick_products(model: nn.Module) -> Iterator[None]:
+    """Have linear layers computed in float32 where the CPU's own half precision would take minutes."""
+    parameter = next(model.parameters())
+    slow = parameter.device.type == "cpu" and parameter.dtype != torch.float32 and not fast_bfloat16()
+    linears = [module for module in model.modules() if slow and type(module) is nn.Linear]
+    for module in linears:
+        module.forward = partial(_float_linear, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
+
+
+def _float_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return F.linear(x.float(), module.weight.float(), bias).to(x.dtype)
 
 
 def _error(seen: Seq[Tensor], expected: Seq[Tensor]) -> float:

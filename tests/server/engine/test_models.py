@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from macaw_kernels.cpu.decoder import DecoderWeights
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.memory import choose_device, choose_dtype
 from macaw_server.errors import ConfigError, MemoryBudgetError, ModelLoadError
-from macaw_server.models import loader
+from macaw_server.models import loader, native, probe
 from tiny_models import make_model, save_model, tokenizer
 
 
@@ -151,7 +152,9 @@ def test_memory_for_the_pool(llama: Path) -> None:
 
 def test_devices_and_dtypes() -> None:
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert choose_dtype("bfloat16", torch.device("cpu"), native=False) == torch.bfloat16
+    assert choose_dtype("float32", torch.device("cpu"), native=True) == torch.float32
+    assert choose_dtype("auto", torch.device("cpu"), native=True) == torch.bfloat16
     for name in ("gpu", "meta"):
         with pytest.raises(ConfigError, match="Accepted: auto, cpu, cuda"):
             choose_device(name)
@@ -162,3 +165,42 @@ def test_devices_and_dtypes() -> None:
 
 def test_bfloat16_passes_the_probe(llama: Path) -> None:
     assert EngineCore(EngineConfig(model=str(llama), dtype="bfloat16")).info.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_native_decoder_is_checked_against_the_model(
+    dtype: str, quantization: str | None, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    core = EngineCore(EngineConfig(model=str(llama), dtype=dtype, quantization=quantization))
+    assert core.info.backend == "native"
+    assert f"native CPU decoder with {quantization or dtype} weights" in caplog.text
+    if quantization:
+        assert core.info.weight_bytes < EngineCore(EngineConfig(model=str(llama), dtype=dtype)).info.weight_bytes
+
+
+def test_a_native_decoder_that_answers_otherwise_is_not_used(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def misread(*args: Any) -> DecoderWeights:
+        weights = native.read_weights(*args)
+        weights.eps = 1.0
+        return weights
+
+    monkeypatch.setattr(probe, "read_weights", misread)
+    assert load(llama).info.backend == "transformers"
+    assert "its logits are off by" in caplog.text
+    with pytest.raises(ConfigError, match="--quantization int8 needs the native CPU decoder"):
+        load(llama, quantization="int8")
+
+
+def test_quantization_of_a_model_without_a_native_decoder_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(ConfigError, match=r"models of type mixtral have no native decoder.*Serve without"):
+        load(tmp_path / "mixtral", quantization="int8")
+    save_model(tmp_path / "llama", "llama")
+    with pytest.raises(ConfigError, match="native kernels are switched off"):
+        load(tmp_path / "llama", quantization="int8", native=False)
