@@ -37,7 +37,7 @@ test-fast: setup ## the quick loop: everything not marked slow
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 bench: setup ## attention: two-phase against unshared; planning of LangChain chains
-	@$(BIN)/python tests/bench/attention.py
+	@$(BIN)/macaw kernels bench
 	@$(BIN)/python tests/bench/planning.py
 
 format: setup ## let ruff write

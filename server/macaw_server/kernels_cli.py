@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from macaw_kernels import HeadConfig
 
 app = typer.Typer(name="kernels", help="Check, compile and measure the attention kernels.", no_args_is_help=True)
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -63,23 +69,70 @@ def compile_(
 @app.command()
 def fit(
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     heads: Annotated[str, typer.Option(help="query heads : KV heads x head dim")] = "14:2x64",
 ) -> None:
     """Measure the planner's cost model on this device and keep it in a file, which the engine reads."""
     import torch
 
-    from macaw_kernels import HeadConfig
     from macaw_kernels.fit import fit_profile
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"dtype is {dtype!r}; float32, bfloat16 or float16")
-    try:
-        num_q_heads, rest = heads.split(":")
-        num_kv_heads, head_dim = rest.split("x")
-        config = HeadConfig(int(num_q_heads), int(num_kv_heads), int(head_dim), int(head_dim))
-    except ValueError as e:
-        raise typer.BadParameter(f"heads is {heads!r} ({e}); like 14:2x64") from e
-    fitted = fit_profile(torch.device(device), getattr(torch, dtype), config)
+    fitted = fit_profile(torch.device(device), _dtype(dtype), _heads(heads))
     typer.echo(f"{fitted.profile}\nmedian error of the model over {fitted.num_points} points: {fitted.error:.0%}")
     typer.echo(f"written to {fitted.path}")
+
+
+@app.command()
+def bench(
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    heads: Annotated[str, typer.Option(help="CPU: query heads : KV heads x head dim; GPUs have a table.")] = "14:2x64",
+    backend: Annotated[str | None, typer.Option(help="triton, native or torch; default: the best.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of each case.")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
+) -> None:
+    """Time a decode step with sharing against the same without, in alternation, per layer."""
+    import torch
+
+    from macaw_kernels import best_backend
+    from macaw_kernels.bench import copy_gb_s, cpu_cases, gpu_cases, run_case
+
+    if threads:
+        torch.set_num_threads(threads)
+    on, kind = torch.device(device), _dtype(dtype)
+    limit = copy_gb_s(on)
+    cases = list(gpu_cases() if on.type == "cuda" else cpu_cases(_heads(heads)))
+    chosen = backend or best_backend(cases[0].heads, on, kind)
+    typer.echo(f"{chosen} on {device}, {dtype}, {torch.get_num_threads()} threads; a copy moves {limit:.1f} GB/s")
+    typer.echo(
+        "heads      nodes_tokens            plain ms  shared ms  gain (least - most)    items  plain GB/s  roofline"
+    )
+    for case in cases:
+        each = run_case(case, on, kind, limit, rounds, backend)
+        of = case.heads
+        gain, least, most = each.gain
+        typer.echo(
+            f"{f'{of.num_q_heads}:{of.num_kv_heads}x{of.head_dim}':10} {case.name:22} {each.plain_ms:9.3f} "
+            f"{each.shared_ms:10.3f}  {gain:5.2f} ({least:5.2f} - {most:5.2f}) {each.num_shared:8} "
+            f"{each.plain_gb_s:11.1f} {each.roofline:9.0%}"
+        )
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"dtype is {name!r}; float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _heads(text: str) -> HeadConfig:
+    from macaw_kernels import HeadConfig
+
+    try:
+        num_q_heads, rest = text.split(":")
+        num_kv_heads, head_dim = rest.split("x")
+        return HeadConfig(int(num_q_heads), int(num_kv_heads), int(head_dim), int(head_dim))
+    except ValueError as e:
+        raise typer.BadParameter(f"heads is {text!r} ({e}); like 14:2x64") from e

@@ -10,3 +10,4 @@ export PYTHONPATH="server:kernels:integrations:tests${PYTHONPATH:+:$PYTHONPATH}"
 for heads in 32:32x128 32:8x128 14:2x64; do
     "$PYTHON" -m macaw_server kernels fit --device cuda --dtype bfloat16 --heads "$heads" | tee -a "$OUT/fit.txt"
 done
+"$PYTHON" -m macaw_server kernels bench --device cuda --dtype bfloat16 | tee "$OUT/bench.txt"
