@@ -72,10 +72,9 @@ class EngineCore:
             # Below this size the threads' meeting points cost more than a second thread brings.
             torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1))
         on_loading("checking the model's attention against transformers")
-        max_model_len = loader.max_model_len(config, hf)
-        prepared = prepare(model, config, profile, max_model_len)
+        prepared = prepare(model, config, profile, lambda: loader.max_model_len(config, hf))
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in prepared.layers.values())
-        pool = size_pool(config, page_bytes=page_bytes, max_model_len=max_model_len, device=device)
+        pool = size_pool(config, page_bytes=page_bytes, max_model_len=loader.max_model_len(config, hf), device=device)
         on_loading(f"allocating {pool.num_pages:,} KV pages")
         self._runner = ModelRunner(
             prepared.forward,

@@ -8,7 +8,7 @@ third time by the native decoder, where there is one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
@@ -60,14 +60,16 @@ class Prepared(NamedTuple):
     weight_bytes: int
 
 
-def prepare(model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_model_len: int) -> Prepared:
+def prepare(
+    model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_model_len: Callable[[], int]
+) -> Prepared:
     """Switch `model` to paged attention, and to the native decoder where there is one, checking its answers.
 
     Args:
         model: In eval mode with transformers' eager attention.
         config: What is to be served.
         profile: The attention planner's cost model.
-        max_model_len: No context will be longer.
+        max_model_len: Says beyond which length no context will go; asked only for models that are supported.
 
     Raises:
         ModelLoadError: The architecture is not supported; the message says why.
@@ -90,7 +92,7 @@ def prepare(model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_
             reason = f"on a probe its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})"
             raise _refusal(model, config.model, reason)
         try:
-            decoder = _native(model, config, layers, max_model_len)
+            decoder = _native(model, config, layers, max_model_len())
             error = _error(_paged_logits(model, NativeForward(decoder), layers, prompts, profile), stock)
             tolerance = _INT8_TOLERANCE if config.quantization == "int8" else tolerance
             if not error <= tolerance:
