@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from macaw_kernels.attention import attend
-from macaw_kernels.backends import best_backend, default_profile
+from macaw_kernels.backends import BACKENDS, best_backend, default_profile
 from macaw_kernels.planner import plan
 from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE
 from macaw_kernels.reference import reference_attend
@@ -138,7 +138,7 @@ def run_case(
     """
     heads = case.heads
     tables, contexts, queries = case.block_tables(), [case.context] * case.batch, [1] * case.batch
-    chosen = default_profile(device, dtype)
+    chosen = default_profile(device, dtype) if backend is None else BACKENDS[backend].profile(device)
     plain, shared, always = (
         plan(tables, contexts, queries, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, chosen, ALWAYS_SHARE)
     )
