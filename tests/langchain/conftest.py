@@ -18,6 +18,13 @@ sys.path.append(str(Path(__file__).parent))
 from scripted_macaw_server import Recorder, serving
 
 from langchain_macaw import ChatMacaw
+from langchain_macaw.lowering import warn_once
+
+
+@pytest.fixture(autouse=True)
+def _no_warning_was_given() -> None:
+    """Each is given once per process, and which test comes first is a matter of chance."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
