@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -178,6 +179,7 @@ class NativeDecoder:
         self._kept: list[Any] = []  # whatever the structures point to
         self.heads = weights.heads
         self.vocab_size, hidden = weights.embedding.shape
+        self.max_model_len = min((len(cos) for cos, _ in weights.ropes), default=sys.maxsize)
         self.weight_bytes = 0
         self.weight_type = weight_type
         self._kv: tuple[object, object] | None = None
@@ -239,10 +241,19 @@ class NativeDecoder:
 
         Returns:
             ``[num_rows, vocab]`` float32.
+
+        Raises:
+            ValueError: Pages, token ids or positions that the decoder does not have.
         """
         self._bind(k_pages, v_pages, plan)
         if int(token_ids.max()) >= self.vocab_size or int(token_ids.min()) < 0:
             raise ValueError(f"token ids must be from 0 to {self.vocab_size - 1}")
+        if plan.max_page >= len(k_pages[0]):
+            raise ValueError(f"the plan uses page {plan.max_page}, there are {len(k_pages[0])}")
+        if int(plan.context_lens.max()) > self.max_model_len:
+            raise ValueError(
+                f"a context of {plan.context_lens.max()} tokens; the rotary tables are made for {self.max_model_len}"
+            )
         threads = torch.get_num_threads()
         logits = torch.empty(len(rows), self._struct.vocab)
         kinds = [plan_arguments(plan, window, threads) for window in self._windows]

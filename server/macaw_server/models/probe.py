@@ -92,7 +92,7 @@ def prepare(
             reason = f"on a probe its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})"
             raise _refusal(model, config.model, reason)
         try:
-            decoder = _native(model, config, layers, max_model_len())
+            decoder = _native(model, config, layers, max(max_model_len(), *map(len, prompts)))
             error = _error(_paged_logits(model, NativeForward(decoder), layers, prompts, profile), stock)
             tolerance = _INT8_TOLERANCE if config.quantization == "int8" else tolerance
             if not error <= tolerance:

@@ -180,6 +180,11 @@ def test_the_native_decoder_is_checked_against_the_model(
         assert core.info.weight_bytes < EngineCore(EngineConfig(model=str(llama), dtype=dtype)).info.weight_bytes
 
 
+def test_a_context_shorter_than_the_probe_is_served_natively(llama: Path) -> None:
+    core = load(llama, max_model_len=8)
+    assert (core.info.backend, core.info.max_model_len) == ("native", 8)
+
+
 def test_a_native_decoder_that_answers_otherwise_is_not_used(
     llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

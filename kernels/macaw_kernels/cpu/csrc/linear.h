@@ -35,21 +35,8 @@ struct Tile {
   Vec sums[kTileRows][2];
 };
 
-template <int kRows>
-inline void multiply(const float* w, int64_t k, const float* a, int64_t lda, Vec (*sums)[2]) {
-  for (int64_t i = 0; i < k; i++, w += kPanel) {
-    const Vec w0 = load(w), w1 = load(w + kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; r++) {
-      const Vec x = splat(a[r * lda + i]);
-      sums[r][0] += x * w0;
-      sums[r][1] += x * w1;
-    }
-  }
-}
-
-template <int kRows>
-inline void multiply(const int8_t* w, int64_t k, const float* a, int64_t lda, Vec (*sums)[2]) {
+template <int kRows, class W>  // float32, int8
+inline void multiply(const W* w, int64_t k, const float* a, int64_t lda, Vec (*sums)[2]) {
   for (int64_t i = 0; i < k; i++, w += kPanel) {
     const Vec w0 = load(w), w1 = load(w + kLanes);
 #pragma GCC unroll 12
