@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from macaw_kernels.attention import attend
-from macaw_kernels.backends import BACKENDS, best_backend, default_profile
+from macaw_kernels.backends import best_backend, default_profile
 from macaw_kernels.planner import plan
 from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE
 from macaw_kernels.reference import reference_attend
@@ -123,8 +124,21 @@ def copy_gb_s(device: torch.device) -> float:
     """Bytes read and written by a large copy, per second / 1e9: the best of some."""
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(_seconds(device, lambda: target.copy_(source)) for _ in range(6))
+    best = min(seconds(device, lambda: target.copy_(source)) for _ in range(6))
     return 2 * _COPY_BYTES / best / 1e9
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries ``[batch, heads, dim]``, keys and values ``[layers, pages, page, heads, dim]``."""
+    heads = case.heads
+    page_bytes = PAGE_SIZE * heads.kv_elements * dtype.itemsize
+    num_layers = min(16, max(1, _LAYER_BYTES // (case.num_pages * page_bytes)))
+    shape = (num_layers, case.num_pages, PAGE_SIZE, heads.num_kv_heads)
+    return (
+        torch.randn(case.batch, heads.num_q_heads, heads.head_dim, device=device, dtype=dtype),
+        torch.randn(*shape, heads.head_dim, device=device, dtype=dtype),
+        torch.randn(*shape, heads.v_head_dim, device=device, dtype=dtype),
+    )
 
 
 def run_case(
@@ -138,16 +152,13 @@ def run_case(
     """
     heads = case.heads
     tables, contexts, queries = case.block_tables(), [case.context] * case.batch, [1] * case.batch
-    chosen = default_profile(device, dtype) if backend is None else BACKENDS[backend].profile(device)
+    chosen = default_profile(device, dtype, backend)
     plain, shared, always = (
         plan(tables, contexts, queries, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, chosen, ALWAYS_SHARE)
     )
     token_bytes = heads.kv_elements * dtype.itemsize
-    num_layers = min(16, max(1, _LAYER_BYTES // (case.num_pages * PAGE_SIZE * token_bytes)))
-    shape = (num_layers, case.num_pages, PAGE_SIZE, heads.num_kv_heads)
-    k_pages = torch.randn(*shape, heads.head_dim, device=device, dtype=dtype)
-    v_pages = torch.randn(*shape, heads.v_head_dim, device=device, dtype=dtype)
-    q = torch.randn(case.batch, heads.num_q_heads, heads.head_dim, device=device, dtype=dtype)
+    q, k_pages, v_pages = make_inputs(case, device, dtype)
+    num_layers = len(k_pages)
     backend = backend or best_backend(heads, device, dtype)
     scale = heads.head_dim**-0.5
 
@@ -166,7 +177,7 @@ def run_case(
             for k_layer, v_layer in zip(k_pages, v_pages, strict=True):
                 attend(q, k_layer, v_layer, each, scale=scale, backend=backend)
 
-        return 1000 * _seconds(device, layers) / num_layers
+        return 1000 * seconds(device, layers) / num_layers
 
     pairs = [(step(plain), step(shared)) for _ in range(rounds)]
     plain_ms, shared_ms = (statistics.median(times) for times in zip(*pairs, strict=True))
@@ -182,7 +193,8 @@ def run_case(
     )
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """How long `work` takes, what it leaves to the device included."""
     _wait(device)
     start = time.perf_counter()
     work()

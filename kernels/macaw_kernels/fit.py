@@ -7,10 +7,9 @@ element of the further states; the four numbers are the least squares of the rel
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +19,14 @@ from numpy.typing import NDArray
 
 from macaw_kernels.attention import attend
 from macaw_kernels.backends import BACKENDS, best_backend
+from macaw_kernels.bench import PAGE_SIZE, Case, make_inputs, seconds
 from macaw_kernels.devices import device_name
 from macaw_kernels.planner import plan
 from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE, save_profile
-from macaw_kernels.types import DeviceProfile, HeadConfig
+from macaw_kernels.types import AttentionPlan, DeviceProfile, HeadConfig
 
-PAGE_SIZE = 16
 _SUFFIX = 64
 _ROUNDS = 7
-_LAYER_BYTES = 128 << 20
-"""So many bytes are walked, layer by layer as in a model: caches do not hold them."""
 
 
 class Fitted(NamedTuple):
@@ -77,31 +74,21 @@ def _measure(
     device: torch.device, dtype: torch.dtype, heads: HeadConfig, prefix: int, batch: int
 ) -> tuple[_Point, _Point]:
     """Time one decode step without and with sharing; alternated, so that what else runs hits both alike."""
-    shared_pages, own_pages = prefix // PAGE_SIZE, _SUFFIX // PAGE_SIZE
-    num_pages = shared_pages + batch * own_pages
-    ids = random.Random(0).sample(range(num_pages), num_pages)
-    tables = [
-        ids[:shared_pages] + ids[shared_pages + i * own_pages : shared_pages + (i + 1) * own_pages]
-        for i in range(batch)
-    ]  # fmt: skip
-    contexts, queries = [prefix + _SUFFIX] * batch, [1] * batch
-    plans = [plan(tables, contexts, queries, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, ALWAYS_SHARE)]
-    page_bytes = dtype.itemsize * PAGE_SIZE * heads.kv_elements
-    num_layers = min(16, max(1, _LAYER_BYTES // (num_pages * page_bytes)))
-    shape = (num_layers, num_pages, PAGE_SIZE, heads.num_kv_heads)
-    k_pages = torch.randn(*shape, heads.head_dim, device=device).to(dtype)
-    v_pages = torch.randn(*shape, heads.v_head_dim, device=device).to(dtype)
-    q = torch.randn(batch, heads.num_q_heads, heads.head_dim, device=device).to(dtype)
+    case = Case(heads, ((1, prefix), (batch, _SUFFIX)))
+    batch_of = (case.block_tables(), [case.context] * batch, [1] * batch)
+    plans = [plan(*batch_of, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, ALWAYS_SHARE)]
+    q, k_pages, v_pages = make_inputs(case, device, dtype)
+
+    def layers(each: AttentionPlan) -> None:
+        for k_layer, v_layer in zip(k_pages, v_pages, strict=True):
+            attend(q, k_layer, v_layer, each, scale=1.0)
+
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(_ROUNDS + 1):
         for each, found in zip(plans, times, strict=True):
-            _synchronize(device)
-            start = time.perf_counter_ns()
-            for k_layer, v_layer in zip(k_pages, v_pages, strict=True):
-                attend(q, k_layer, v_layer, each, scale=1.0)
-            _synchronize(device)
+            taken = seconds(device, partial(layers, each))
             if i:  # the first one compiles and lays out
-                found.append((time.perf_counter_ns() - start) / num_layers)
+                found.append(1e9 * taken / len(k_pages))
     states = float(batch * heads.num_q_heads * heads.v_head_dim)
     unshared, shared = (
         _Point(
@@ -111,11 +98,6 @@ def _measure(
         for each, found in zip(plans, times, strict=True)
     )
     return unshared, shared
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _non_negative_least_squares(a: NDArray[np.float64], b: NDArray[np.float64]) -> list[float]:

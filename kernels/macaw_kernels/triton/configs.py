@@ -1,4 +1,4 @@
-"""Tile shapes by architecture, head dim and dtype: built-in values, and what ``macaw kernels fit`` has measured here.
+"""Tile shapes by architecture, head dim and dtype: built-in values, or those of a file that somebody has measured.
 
 Nothing is tuned while serving: a table is read once, a missing entry is the built-in value.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -131,19 +130,6 @@ def architecture(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def save(device: str, entries: dict[str, KernelConfig]) -> Path:
-    """Add measured entries to the device's file."""
-    path = config_file(device)
-    table = {key: asdict(value) for key, value in {**_measured(device), **entries}.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(table, indent=1))
-    partial.replace(path)
-    _measured.cache_clear()
-    kernel_config.cache_clear()
-    return path
-
-
 @cache
 def _measured(device: str) -> dict[str, KernelConfig]:
     path = config_file(device)
@@ -161,5 +147,5 @@ def _measured(device: str) -> dict[str, KernelConfig]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError) as e:
-        log.warning("built-in kernel configurations are used: %s cannot be read (%s); `macaw kernels fit`", path, e)
+        log.warning("built-in kernel configurations are used: %s cannot be read (%s)", path, e)
         return {}
