@@ -57,7 +57,7 @@ def test_openais_parse(api: OpenAI) -> None:
 
 def test_text_completions_take_regex_and_choice(api: OpenAI) -> None:
     for constraint, pattern in [
-        ({"regex": "[0-9]{3}-[a-z]+!"}, "[0-9]{3}-[a-z]+!"),
+        ({"regex": "[0-9]{3}-[a-z]{1,8}!"}, "[0-9]{3}-[a-z]{1,8}!"),
         ({"choice": ["yes", "no"]}, "yes|no"),
     ]:
         answer = api.completions.create(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from macaw_kernels import BACKENDS, HeadConfig, best_backend, default_profile, fit
+from macaw_kernels import BACKENDS, HeadConfig, bench, best_backend, default_profile, fit
 from macaw_kernels.check import check_backends
 from macaw_kernels.devices import device_name
 from macaw_kernels.profiles import CPU_TORCH, gpu_profile, load_profile, profile_file, save_profile
@@ -23,7 +23,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_fitted_profile_is_the_default_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "_ROUNDS", 1)
-    monkeypatch.setattr(fit, "_LAYER_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_LAYER_BYTES", 1 << 20)
     backend = best_backend(HeadConfig(1, 1, 64, 64), CPU, torch.float32)
     assert default_profile(CPU, torch.float32) == BACKENDS[backend].profile(CPU)
     fitted = fit.fit_profile(CPU, torch.float32, HeadConfig(2, 1, 64, 64))
