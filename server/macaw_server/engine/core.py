@@ -184,7 +184,7 @@ class EngineCore:
             ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
-        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
+        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
 
     def _proposer(self, request: EngineRequest) -> Proposer:
         """What drafts a request's tokens; of a constrained one only what its grammar allows."""

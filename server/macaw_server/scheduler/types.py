@@ -34,6 +34,8 @@ class SchedulerConfig:
         max_prefill_chunk: Prompt tokens of one sequence in one step; None leaves it to the budget.
         max_draft_tokens: Draft tokens of one sequence in one step; 0 is no speculation.
         ridge: Rows of a step that cost as much as the step does without any; see `speculation`.
+        latency_slowdown: While latency-critical sequences decode, others make a step at most so many times longer
+            than it would be with these alone.
     """
 
     max_num_seqs: int
@@ -42,6 +44,7 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = None
     max_draft_tokens: int = 0
     ridge: float = 8.0
+    latency_slowdown: float = 3.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -52,6 +55,8 @@ class SchedulerConfig:
             )
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len of {self.max_model_len} leaves no output; it must be at least 2.")
+        if self.latency_slowdown < 1:
+            raise ValueError(f"latency_slowdown of {self.latency_slowdown} is no slowdown; it must be at least 1.")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ValueError(f"max_prefill_chunk of {self.max_prefill_chunk} is no progress; it must be at least 1.")
 
@@ -70,6 +75,8 @@ class Sequence:
         allocation: Its pages while it is running.
         cached_tokens: Prompt tokens found in the cache when it first entered a batch.
         num_preemptions: How often it lost its pages.
+        num_charged: Tokens from the front that count as served: those computed again are not charged again.
+        num_left_out: Steps in a row in which it could have decoded and gave way.
         drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
     """
 
@@ -82,6 +89,8 @@ class Sequence:
     allocation: Allocation | None = None
     cached_tokens: int | None = None
     num_preemptions: int = 0
+    num_charged: int = 0
+    num_left_out: int = 0
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
