@@ -139,8 +139,6 @@ class AppPolicy(Policy):
 
     def preempts(self, waiting: Sequence, running: Sequence, now_s: float) -> bool:
         """A critical call goes before others, and a tenant that was served far less before one served more."""
-        if now_s > self.due_s(running):
-            return False
         a, b = waiting.request.hints, running.request.hints
         if a.tenant != b.tenant:
             lead = self.shares.service(b.tenant) - self.shares.service(a.tenant)
@@ -148,7 +146,7 @@ class AppPolicy(Policy):
                 return True
             if lead < -TENANT_LEAD:
                 return False
-        return self.is_critical(waiting) and not self.is_critical(running)
+        return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
 
     def enter(self, sequence: Sequence) -> None:
         """Its tenant takes part from now on."""

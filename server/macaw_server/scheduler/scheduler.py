@@ -153,9 +153,7 @@ class Scheduler:
         for sequence in self._running.values():
             (decodes if sequence.num_uncomputed == 1 else prefills).append(sequence)
         critical = filter(self.policy.is_critical, decodes) if self.policy.protects_latency else ()
-        budget = StepBudget(
-            self.config.max_num_batched_tokens, self._step_time, critical, self.config.latency_slowdown
-        )
+        budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, critical, self.config.latency_slowdown)
         self._decode(batch, decodes, budget, now_s)
         for sequence in sorted(prefills, key=lambda sequence: self.policy.order(sequence, now_s)):
             self._run(batch, sequence, budget, now_s)
