@@ -181,6 +181,7 @@ class EngineCore:
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
             max_model_len=self.info.max_model_len,
             max_draft_tokens=self._config.speculative_tokens,
+            latency_slowdown=self._config.latency_slowdown,
             ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)

@@ -33,7 +33,7 @@ class CallHints:
         tenant_weight: Above 0.
         remaining_tokens: Estimate of the output tokens on the longest path from here to a target, this call's
             included; None where the program may grow or nothing is known.
-        latest_start_s: When it has to start to meet its program's deadline; same clock as `arrival_s`.
+        deadline_s: When its program's answer is worthless; same clock as `arrival_s`.
     """
 
     program_id: str = ""
@@ -44,7 +44,7 @@ class CallHints:
     tenant: str = ""
     tenant_weight: float = 1.0
     remaining_tokens: float | None = None
-    latest_start_s: float = math.inf
+    deadline_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ that every report gives back. `now_ms` is always the time since the program was 
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class CallNode:
         depth: Calls before it on its longest path.
         call_class: What the application waits for here; deduced anew when the program grows.
         group: Task group within the program, if any.
+        remaining_tokens: Estimate of the output tokens from here to the end of the program, as known so far.
+        deadline_ms: Of the targets behind it, from the program's start.
         timings: Milliseconds since the program was created.
         prompt_tokens: Known when the call has started.
         cached_tokens: Prompt tokens that were found in the cache.
@@ -64,6 +67,8 @@ class CallNode:
     depth: int = 0
     call_class: CallClass = CallClass.BACKGROUND
     group: str | None = None
+    remaining_tokens: float = 0.0
+    deadline_ms: float = math.inf
     timings: CallTimings = field(default_factory=CallTimings)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -139,6 +144,11 @@ class Program:
     def ended(self) -> bool:
         """Whether the final event is out."""
         return self.status != "running"
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether more calls may come, so that nobody knows how much is left."""
+        return self._open
 
     # --------------------------------------------------------------------------------------------------------
     # What the client does
@@ -308,7 +318,7 @@ class Program:
         self._unfinished |= {step_id: None for step_id in new if step_id in self.calls}
         for call_id, objective in deduce(self._graph, self._unfinished).items():
             node = self.calls[call_id]
-            node.call_class, node.depth, node.group = objective
+            node.call_class, node.depth, node.group, node.remaining_tokens, node.deadline_ms = objective
         self._ready = [self._heap_entry(call_id) for *_, call_id in self._ready]
         heapq.heapify(self._ready)
         effects = self._flow.add(growth.variables, new)

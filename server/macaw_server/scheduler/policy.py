@@ -130,7 +130,7 @@ class AppPolicy(Policy):
 
     def due_s(self, sequence: Sequence) -> float:
         """By age, or when its deadline wants it to start."""
-        return min(sequence.arrival_s + self.ageing_s, sequence.request.hints.latest_start_s)
+        return min(sequence.arrival_s + self.ageing_s, sequence.latest_start_s)
 
     def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
         """The lowest class first, in it the latest: it has the least to compute again."""
@@ -139,13 +139,11 @@ class AppPolicy(Policy):
 
     def preempts(self, waiting: Sequence, running: Sequence, now_s: float) -> bool:
         """A critical call goes before others, and a tenant that was served far less before one served more."""
-        a, b = waiting.request.hints, running.request.hints
-        if a.tenant != b.tenant:
-            lead = self.shares.service(b.tenant) - self.shares.service(a.tenant)
-            if lead > TENANT_LEAD:
-                return True
-            if lead < -TENANT_LEAD:
-                return False
+        if self.order(running, now_s) < self.order(waiting, now_s):
+            return False  # it would be taken in again at once
+        a, b = waiting.request.hints.tenant, running.request.hints.tenant
+        if self.shares.service(b) - self.shares.service(a) > TENANT_LEAD:
+            return True
         return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
 
     def enter(self, sequence: Sequence) -> None:

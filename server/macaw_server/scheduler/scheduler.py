@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -13,7 +14,7 @@ from macaw_server.scheduler.budget import StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.policy import Policy, make_policy
 from macaw_server.scheduler.speculation import Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
-from macaw_server.scheduler.step_time import StepTimeModel
+from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -117,7 +118,7 @@ class Scheduler:
         if not 0 < arrival_s <= now_s:  # not set, or of another clock
             arrival_s = now_s
         self._num_added += 1
-        sequence = Sequence(request, arrival_s, self._num_added)
+        sequence = Sequence(request, arrival_s, self._num_added, self._latest_start_s(request))
         sequence.finish_reason = self._finish_reason(sequence)
         if sequence.finish_reason:
             sequence.status = SequenceStatus.FINISHED
@@ -149,10 +150,9 @@ class Scheduler:
         may_admit = not batch.preempted
         if may_admit:
             self._make_way(batch, now_s)
-        decodes, prefills = [], []
-        for sequence in self._running.values():
-            (decodes if sequence.num_uncomputed == 1 else prefills).append(sequence)
-        critical = filter(self.policy.is_critical, decodes) if self.policy.protects_latency else ()
+        decodes = [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]
+        prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
+        critical = [s for s in decodes if self.policy.protects_latency and self.policy.is_critical(s)]
         budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, critical, self.config.latency_slowdown)
         self._decode(batch, decodes, budget, now_s)
         for sequence in sorted(prefills, key=lambda sequence: self.policy.order(sequence, now_s)):
@@ -359,6 +359,16 @@ class Scheduler:
                 self._waiting.push(follower)
         if not followers:
             del self._followers[owner.request_id]
+
+    def _latest_start_s(self, request: EngineRequest) -> float:
+        """The deadline, less the time that the rest of the program takes in a batch that slows it as far as allowed."""
+        hints, num_prompt = request.hints, len(request.prompt_ids)
+        if hints.deadline_s == math.inf:
+            return math.inf
+        prefill_ms = self._step_time.predict(StepFeatures().plus(0, num_prompt, num_samples=1))
+        decode_ms = self._step_time.predict(StepFeatures().plus(num_prompt, 1, num_samples=1))
+        num_outputs = request.sampling.max_tokens if hints.remaining_tokens is None else hints.remaining_tokens
+        return hints.deadline_s - (prefill_ms + num_outputs * decode_ms * self.config.latency_slowdown) / 1000
 
     # -- ends ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class Sequence:
     Attributes:
         request: As it came.
         arrival_s: When the call became ready, on the scheduler's clock.
+        latest_start_s: When it has to start to meet its program's deadline.
         number: Counts requests in the order in which they were added; the last word between equals.
         token_ids: Prompt and output so far.
         status: See there.
@@ -83,6 +85,7 @@ class Sequence:
     request: EngineRequest
     arrival_s: float
     number: int
+    latest_start_s: float = math.inf
     token_ids: list[int] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -59,11 +59,13 @@ def test_service_that_comes_while_a_call_waits_counts():
 
 
 def test_a_deadline_makes_a_call_due_when_it_has_to_start():
-    run = engine()
+    run = engine(latency_slowdown=2.0)
     run.add("running", [1], max_tokens=20)
-    run.add("deadline", [2], call_class=BACKGROUND, latest_start_s=run.now_s + 0.1)
-    run.add("late", [3], call_class=BACKGROUND, latest_start_s=run.now_s + 60)
+    # The prefill takes 11 ms, and each token at most 2 x 11: this one has to start after 0.1 s.
+    run.add("deadline", [2], call_class=BACKGROUND, remaining_tokens=100.0, deadline_s=run.now_s + 2.311)
+    run.add("late", [3], call_class=BACKGROUND, remaining_tokens=100.0, deadline_s=run.now_s + 60)
     run.add("critical", [4])
+    assert run.sequences["deadline"].latest_start_s == pytest.approx(run.now_s + 0.1)
     assert order_of(run) == ["running", "deadline", "critical", "late"]
 
 
@@ -299,4 +301,4 @@ def test_work_done_twice_is_charged_once():
     run.run()
     assert run.scheduler.stats().preemptions > 0
     assert run.scheduler.policy.shares.service("") == 2 * 8 + 2 * (2 * 9)
-    assert math.isinf(run.sequences["a"].request.hints.latest_start_s)
+    assert math.isinf(run.sequences["a"].latest_start_s)
