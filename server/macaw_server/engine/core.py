@@ -31,8 +31,10 @@ from macaw_server.scheduler import (
     ScheduledChunk,
     Scheduler,
     SchedulerConfig,
+    StepTimeModel,
     make_policy,
     prompt_lookup,
+    step_features,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class EngineCore:
         )
         self._config = config
         self._make_proposer = make_proposer
+        self._step_time = StepTimeModel()
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
@@ -138,6 +141,7 @@ class EngineCore:
         batch = self._scheduler.schedule(time.monotonic())
         if not batch.chunks:
             return refused
+        features = step_features(batch)
         ready = time.perf_counter()
         try:
             sampled = self._run(batch)
@@ -146,9 +150,11 @@ class EngineCore:
             return refused + self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
         done = time.perf_counter()
         outputs = self._postprocess(batch, sampled)
+        end = time.perf_counter()
+        self._step_time.observe(features, 1000 * (end - begin))
         self._steps += 1
         self._forward_s += done - ready
-        self._overhead_s += time.perf_counter() - done + ready - begin
+        self._overhead_s += end - done + ready - begin
         return refused + outputs
 
     def stats(self) -> EngineStats:
@@ -156,6 +162,7 @@ class EngineCore:
         stats = self._scheduler.stats()
         stats.waiting += self._constrained.num_held
         stats.steps, stats.forward_s, stats.overhead_s = self._steps, self._forward_s, self._overhead_s
+        stats.step_time_ms = self._step_time.coefficients._asdict()
         return stats
 
     def _queue_compiled(self) -> list[EngineOutput]:

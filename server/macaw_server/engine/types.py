@@ -159,7 +159,8 @@ class EngineStats:
     """Counters and gauges of one engine since it started.
 
     `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time;
-    `draft_tokens` were guessed and verified, and `accepted_tokens` of them were right; all other names say it.
+    `draft_tokens` were guessed and verified, and `accepted_tokens` of them were right; `step_time_ms` are the
+    coefficients of the step-time model (`scheduler.step_time`), by name; all other names say it.
     """
 
     steps: int = 0
@@ -179,6 +180,7 @@ class EngineStats:
     forward_s: float = 0.0
     overhead_s: float = 0.0
     restarts: int = 0
+    step_time_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -4,6 +4,7 @@ from macaw_server.scheduler.policy import AGEING_S, AppPolicy, FcfsPolicy, Polic
 from macaw_server.scheduler.prompt_lookup import PromptLookup
 from macaw_server.scheduler.scheduler import Scheduler
 from macaw_server.scheduler.speculation import Proposer, ProposerFactory, prompt_lookup
+from macaw_server.scheduler.step_time import Coefficients, StepFeatures, StepTimeModel, step_features
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -15,6 +16,7 @@ from macaw_server.scheduler.types import (
 __all__ = [
     "AGEING_S",
     "AppPolicy",
+    "Coefficients",
     "FcfsPolicy",
     "Policy",
     "PromptLookup",
@@ -26,6 +28,9 @@ __all__ = [
     "SchedulerConfig",
     "Sequence",
     "SequenceStatus",
+    "StepFeatures",
+    "StepTimeModel",
     "make_policy",
     "prompt_lookup",
+    "step_features",
 ]

@@ -110,6 +110,13 @@ class _EngineCollector(Collector):
         for model, working in self.working.items():
             up.add_metric([model], working)
         yield up
+        step_time = GaugeMetricFamily(
+            "macaw_step_time_ms", "Step-time model: milliseconds per step and per unit.", labels=["model", "term"]
+        )
+        for model, stats in self.stats.items():
+            for term, value in stats.step_time_ms.items():
+                step_time.add_metric([model, term], value)
+        yield step_time
         for kind, table in ((CounterMetricFamily, _ENGINE_COUNTERS), (GaugeMetricFamily, _ENGINE_GAUGES)):
             for name, (field, text) in table.items():
                 family = kind(f"macaw_{name}", text, labels=["model"])

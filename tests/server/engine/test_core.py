@@ -105,3 +105,4 @@ def test_stats_count_the_prompts(core: EngineCore) -> None:
     assert (stats.prompt_tokens, stats.cached_tokens, stats.computed_tokens) == (80, 32, 48)
     assert stats.output_tokens == 4
     assert stats.steps == 4
+    assert max(stats.step_time_ms.values()) > 0

@@ -72,7 +72,14 @@ class ScriptedEngine:
         self.status = "stopped"
 
     async def stats(self):
-        return EngineStats(steps=7, prompt_tokens=100, cached_tokens=40, computed_tokens=60, preemptions=3)
+        return EngineStats(
+            steps=7,
+            prompt_tokens=100,
+            cached_tokens=40,
+            computed_tokens=60,
+            preemptions=3,
+            step_time_ms={"fixed": 2.5},
+        )
 
     def submit(self, request, on_output):
         assert request.request_id not in self._active
