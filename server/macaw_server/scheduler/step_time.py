@@ -137,7 +137,7 @@ class StepTimeModel:
     """Steps of a class after which an older one counts 1/e."""
     LONG_MEMORY = 4096
     """The same for steps of other classes."""
-    PRIOR_WEIGHT = 1e-3
+    PRIOR_WEIGHT = 1e-4
     """Steps' worth of data that the prior's proportions count for."""
     TAIL = 2.0
     """A step counts fully up to this many times the usual relative error."""
