@@ -1,11 +1,10 @@
 """Which of several engines runs a call: the one that is done with it first. Pure.
 
-The time at which an engine can be done with a call is the work it has taken on, and then the part of the prompt that
-its cache does not hold (Preble: Srivatsa et al., ICLR 2025, has the same sum). So a call goes where its prefix is, unless
-others there would make it wait for longer than the prefix saves. Task groups need no rule of their own: each member
-that is placed adds to its engine's work, so a group stays together as long as its shared prefix costs more to compute
-again than the members that are already there, and spreads when it costs less. A consumer finds its producer's pages
-like any other prefix.
+An engine can be done with a call after the work that it has taken on, and the part of the prompt that its cache does
+not hold (Preble: Srivatsa et al., ICLR 2025, has the same sum). So a call goes where its prefix is, unless others would
+make it wait there for longer than the prefix saves. Task groups need no rule of their own: each member that is placed
+adds to its engine's work, so a group stays together as long as its shared prefix costs more to compute again than the
+members that are already there, and spreads when it costs less. A consumer finds its producer's pages like any prefix.
 """
 
 from __future__ import annotations

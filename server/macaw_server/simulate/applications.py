@@ -230,10 +230,10 @@ class Applications:
         if program.error is not None:
             run.record.error = program.error.code
         failed = run.record.error is not None
-        if failed or (not run.hidden and all(program.ended for program in run.programs.values())):
-            if self._runs.pop(run.record.spec.id, None) is not None:
-                run.record.ended_s = now_s + self._half_rtt_s
-                self._surroundings.on_end(run.record)
+        over = failed or (not run.hidden and all(program.ended for program in run.programs.values()))
+        if over and self._runs.pop(run.record.spec.id, None) is not None:
+            run.record.ended_s = now_s + self._half_rtt_s
+            self._surroundings.on_end(run.record)
 
     def _submit(self, run: _Run, program: Program, node: CallNode, now_s: float) -> None:
         spec, call = run.record.spec, run.specs[node.call.id]

@@ -52,3 +52,26 @@ class ProgramRecord:
     def latency_s(self) -> float:
         """From the arrival to the last target, client time and round trips included."""
         return self.ended_s - self.spec.arrival_s
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a run has brought.
+
+    Attributes:
+        programs: In order of their ends.
+        duration_s: From the start to the last end, on the run's own clock.
+        num_steps, num_preemptions, num_evicted_pages: Of all engines.
+        num_scheduled: Calls that were scheduled.
+        decision_s: Real time that scheduling took, placement included.
+        wall_s: Real time that the run took.
+    """
+
+    programs: list[ProgramRecord] = field(default_factory=list)
+    duration_s: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_evicted_pages: int = 0
+    num_scheduled: int = 0
+    decision_s: float = 0.0
+    wall_s: float = 0.0

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from macaw_server.engine.types import EngineRequest
@@ -16,7 +16,7 @@ from macaw_server.kvcache import KVCache
 from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepTimeModel, make_policy, step_features
 from macaw_server.scheduler.placement import Placement
 from macaw_server.simulate.applications import Applications
-from macaw_server.simulate.records import ProgramRecord
+from macaw_server.simulate.records import ProgramRecord, RunResult
 from macaw_server.simulate.tokens import AbstractTokens
 from macaw_server.workloads import ProgramSpec
 
@@ -53,29 +53,6 @@ class SimulationConfig:
             self.max_num_seqs, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_model_len
         )
         return Scheduler(config, KVCache(self.num_pages, self.page_size), make_policy(self.policy))
-
-
-@dataclass(slots=True)
-class RunResult:
-    """What a run has brought.
-
-    Attributes:
-        programs: In order of their ends.
-        duration_s: From the start to the last end, on the run's own clock.
-        num_steps, num_preemptions, num_evicted_pages: Of all engines.
-        num_scheduled: Calls that were scheduled.
-        decision_s: Real time that scheduling took, placement included.
-        wall_s: Real time that the run took.
-    """
-
-    programs: list[ProgramRecord] = field(default_factory=list)
-    duration_s: float = 0.0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_evicted_pages: int = 0
-    num_scheduled: int = 0
-    decision_s: float = 0.0
-    wall_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
