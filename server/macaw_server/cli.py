@@ -16,6 +16,7 @@ from macaw_server.bench.command import bench
 from macaw_server.config import ServerConfig
 from macaw_server.errors import ConfigError, StartupError
 from macaw_server.kernels_cli import app as kernels_app
+from macaw_server.simulate.command import simulate
 
 
 class _Commands(TyperGroup):
@@ -131,3 +132,4 @@ def _derive(command: Any, config: type[ServerConfig]) -> Any:
 app.command()(_derive(serve, ServerConfig))
 app.add_typer(bench)
 app.add_typer(kernels_app)
+app.add_typer(simulate)

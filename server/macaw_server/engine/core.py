@@ -109,6 +109,11 @@ class EngineCore:
         self._constrained = ConstrainedRequests(lambda: loader.load_tokenizer(config), self.info.vocab_size)
 
     @property
+    def step_time(self) -> StepTimeModel:
+        """What has been learned of how long steps take."""
+        return self._step_time
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._scheduler.has_work or self._constrained.num_held > 0

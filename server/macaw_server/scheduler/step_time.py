@@ -85,8 +85,8 @@ class Coefficients(NamedTuple):
     score: float
 
 
-PRIOR = Coefficients(fixed=10.0, token=0.6, sample=0.2, kv_token=2e-3, score=1e-4)
-"""Proportions before data, those of a small model on two cores. The first step already sets the scale."""
+PRIOR = Coefficients(fixed=5.0, token=0.6, sample=0.5, kv_token=1.5e-3, score=7e-5)
+"""Before data: a model of 135M parameters in bfloat16 on two cores. The first step already sets the scale."""
 
 
 class _SizeClass:
@@ -137,7 +137,7 @@ class StepTimeModel:
     """Steps of a class after which an older one counts 1/e."""
     LONG_MEMORY = 4096
     """The same for steps of other classes."""
-    PRIOR_WEIGHT = 1e-3
+    PRIOR_WEIGHT = 1e-4
     """Steps' worth of data that the prior's proportions count for."""
     TAIL = 2.0
     """A step counts fully up to this many times the usual relative error."""

@@ -152,7 +152,7 @@ class TestMetrics:
         assert samples["macaw_engine_steps_total", MODEL] == 7
         assert samples["macaw_cached_prompt_tokens_total", MODEL] == 40
         assert samples["macaw_preemptions_total", MODEL] == 3
-        assert samples["macaw_step_time_ms", MODEL] == 2.5
+        assert samples["macaw_step_time_ms", MODEL, "fixed"] == 2.5
         assert samples["macaw_engine_up", MODEL] == 1
 
 

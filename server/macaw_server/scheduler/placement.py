@@ -1,0 +1,180 @@
+"""Which of several engines runs a call: the one that is done with it first. Pure.
+
+An engine can be done with a call after the work that it has taken on, and the part of the prompt that its cache does
+not hold (Preble: Srivatsa et al., ICLR 2025, has the same sum). So a call goes where its prefix is, unless others would
+make it wait there for longer than the prefix saves. Task groups need no rule of their own: each member that is placed
+adds to its engine's work, so a group stays together as long as its shared prefix costs more to compute again than the
+members that are already there, and spreads when it costs less. A consumer finds its producer's pages like any prefix.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+from macaw_server.engine.types import EngineRequest
+from macaw_server.scheduler.step_time import Coefficients, StepTimeModel
+
+BLOCK_SIZE = 64
+"""Tokens of a prefix that are told apart: finer finds more, and costs more."""
+
+
+class PrefixIndex:
+    """What each engine's cache is likely to hold: what was sent there, least recently used out first.
+
+    Only hashes of blocks are kept, each with that of the block before, so memory does not depend on the length of
+    prompts, and a block is found only behind the same text. Whoever is found for a block is found for all before it.
+
+    Args:
+        num_engines: Numbered from 0.
+        capacity_tokens: Of one engine's cache.
+        block_size: Tokens of a block.
+    """
+
+    def __init__(self, num_engines: int, capacity_tokens: int, block_size: int = BLOCK_SIZE) -> None:
+        self.block_size = block_size
+        self._capacity = max(1, capacity_tokens // block_size)
+        self._holders: dict[int, set[int]] = {}
+        self._blocks: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(num_engines)]
+
+    def hashes(self, token_ids: Seq[int], salt: str) -> list[int]:
+        """Of each full block, everything before it included."""
+        size, chained, hashes = self.block_size, hash(salt), []
+        for start in range(0, len(token_ids) - size + 1, size):
+            chained = hash((chained, *token_ids[start : start + size]))
+            hashes.append(chained)
+        return hashes
+
+    def holders(self, hashes: Seq[int]) -> Iterator[tuple[int, set[int]]]:
+        """Numbers of blocks, most first, and the engines that hold so many of these and no more."""
+        seen: set[int] = set()
+        for num_blocks in range(len(hashes), 0, -1):
+            holders = self._holders.get(hashes[num_blocks - 1])
+            if holders is not None and len(holders) > len(seen):
+                yield num_blocks, holders - seen
+                seen |= holders
+
+    def insert(self, hashes: Seq[int], engine: int) -> None:
+        """Note that an engine holds a prefix, as of now."""
+        blocks = self._blocks[engine]
+        for chained in reversed(hashes):  # the front last: it is the last to go
+            if chained in blocks:
+                blocks.move_to_end(chained)
+            else:
+                blocks[chained] = None
+                self._holders.setdefault(chained, set()).add(engine)
+        while len(blocks) > self._capacity:
+            self._forget(blocks.popitem(last=False)[0], engine)
+
+    def clear(self, engine: int) -> None:
+        """Note that an engine holds nothing."""
+        for chained in self._blocks[engine]:
+            self._forget(chained, engine)
+        self._blocks[engine].clear()
+
+    def _forget(self, chained: int, engine: int) -> None:
+        holders = self._holders[chained]
+        holders.remove(engine)
+        if not holders:
+            del self._holders[chained]
+
+
+class _Placed(NamedTuple):
+    """A request that an engine has taken on."""
+
+    engine: int
+    prefill_ms: float
+    decode_ms: float
+
+
+class Placement:
+    """Distributes requests; is told when they start and end.
+
+    Args:
+        num_engines: Numbered from 0, all alive.
+        capacity_tokens: Of one engine's KV cache.
+        step_time: What work costs; may go on learning.
+        block_size: See `PrefixIndex`.
+    """
+
+    def __init__(
+        self, num_engines: int, capacity_tokens: int, step_time: StepTimeModel, *, block_size: int = BLOCK_SIZE
+    ) -> None:
+        if num_engines < 1:
+            raise ValueError(f"{num_engines} engines cannot run a call; it takes at least 1.")
+        self._index = PrefixIndex(num_engines, capacity_tokens, block_size)
+        self._step_time = step_time
+        self._work_ms = [0.0] * num_engines
+        self._alive = set(range(num_engines))
+        self._placed: dict[str, _Placed] = {}
+        self._mean_output = 64.0
+
+    @property
+    def work_ms(self) -> list[float]:
+        """Estimated work that each engine has taken on and not done."""
+        return list(self._work_ms)
+
+    def place(self, request: EngineRequest) -> int:
+        """Choose the engine for a request, which the caller then sends there.
+
+        Raises:
+            RuntimeError: No engine is alive.
+        """
+        if not self._alive:
+            raise RuntimeError("No engine is alive; restore one before placing requests.")
+        costs, num_tokens = self._step_time.coefficients, len(request.prompt_ids) + len(request.output_ids)
+        hashes = self._index.hashes(request.prompt_ids, request.salt)
+        best: tuple[float, float, int] | None = None
+        for num_blocks, holders in (*self._index.holders(hashes), (0, self._alive)):
+            engine = min(holders, key=lambda engine: (self._work_ms[engine], engine), default=None)
+            if engine is None:
+                continue
+            prefill_ms = _prefill_ms(costs, num_blocks * self._index.block_size, num_tokens)
+            candidate = (self._work_ms[engine] + prefill_ms, prefill_ms, engine)
+            best = candidate if best is None else min(best, candidate)
+        assert best is not None
+        _, prefill_ms, engine = best
+        num_outputs = min(request.sampling.max_tokens, self._mean_output)
+        decode_ms = num_outputs * (costs.token + costs.sample + (costs.kv_token + costs.score) * num_tokens)
+        self._placed[request.request_id] = _Placed(engine, prefill_ms, decode_ms)
+        self._work_ms[engine] += prefill_ms + decode_ms
+        self._index.insert(hashes, engine)
+        return engine
+
+    def started(self, request_id: str) -> None:
+        """A request has its first token: its prompt is computed."""
+        if (placed := self._placed.get(request_id)) is not None:
+            self._work_ms[placed.engine] -= placed.prefill_ms
+            self._placed[request_id] = placed._replace(prefill_ms=0.0)
+
+    def ended(self, request: EngineRequest, output_ids: Seq[int]) -> None:
+        """A request has ended, or was aborted; what it computed stays in its engine's cache."""
+        placed = self._placed.pop(request.request_id, None)
+        if placed is None:
+            return
+        self._work_ms[placed.engine] -= placed.prefill_ms + placed.decode_ms
+        self._mean_output += (len(output_ids) - self._mean_output) / 64
+        self._index.insert(self._index.hashes([*request.prompt_ids, *output_ids], request.salt), placed.engine)
+
+    def lose(self, engine: int) -> list[str]:
+        """An engine is gone, and its cache; returns the requests it had, which are to be placed anew."""
+        self._alive.discard(engine)
+        self._index.clear(engine)
+        self._work_ms[engine] = 0.0
+        lost = [request_id for request_id, placed in self._placed.items() if placed.engine == engine]
+        for request_id in lost:
+            del self._placed[request_id]
+        return lost
+
+    def restore(self, engine: int) -> None:
+        """An engine is there again, with an empty cache."""
+        self._alive.add(engine)
+
+
+def _prefill_ms(costs: Coefficients, start: int, end: int) -> float:
+    """Marginal time of computing the tokens ``[start, end)`` of a sequence; one at least is computed."""
+    start = min(start, end - 1)
+    pairs = (end * (end + 1) - start * (start + 1)) / 2
+    return costs.token * (end - start) + costs.score * pairs
