@@ -33,7 +33,7 @@ from macaw.protocol import (
     Transform,
     VariableResolved,
 )
-from macaw_server.engine.types import CallClass
+from macaw_server.engine.types import CallClass, CallHints
 
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
@@ -145,11 +145,6 @@ class Program:
         """Whether the final event is out."""
         return self.status != "running"
 
-    @property
-    def may_grow(self) -> bool:
-        """Whether more calls may come, so that nobody knows how much is left."""
-        return self._open
-
     # --------------------------------------------------------------------------------------------------------
     # What the client does
 
@@ -222,6 +217,28 @@ class Program:
             self._running[node.call.id] = None
             taken.append(node)
         return taken
+
+    def hints(self, node: CallNode, *, started_s: float, tenant: str, tenant_weight: float = 1.0) -> CallHints:
+        """What the scheduler should know of a call that was handed out.
+
+        Args:
+            node: The call.
+            started_s: When the program was created, on the scheduler's clock.
+            tenant: Whose it is.
+            tenant_weight: Above 0.
+        """
+        unknown = self._plain or self._open
+        return CallHints(
+            program_id=self.id,
+            call_class=node.call_class,
+            depth=node.depth,
+            group=node.group,
+            arrival_s=started_s + (node.timings.ready_ms or 0.0) / 1000,
+            tenant=tenant,
+            tenant_weight=tenant_weight,
+            remaining_tokens=None if unknown else node.remaining_tokens,
+            deadline_s=started_s + node.deadline_ms / 1000,
+        )
 
     def values(self, node: CallNode) -> dict[str, str]:
         """The values of the variables in the prompt of a call that was handed out."""

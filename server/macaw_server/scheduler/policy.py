@@ -10,7 +10,7 @@ from macaw_server.engine.types import CallClass
 from macaw_server.scheduler.fairness import AttainedService, FairShares
 from macaw_server.scheduler.types import Sequence
 
-AGEING_S = 30.0
+AGEING_S = 120.0
 """Whoever has waited longer goes before everybody younger of its tenant, whatever their class. So a call waits at most
 this long, plus the time that its tenant's share of the engine takes for the tenant's calls that came before it."""
 TENANT_LEAD = 8192.0

@@ -34,8 +34,8 @@ class Scheduler:
 
     A step: every running sequence that decodes gets its token; then prefills go on, in policy order; then
     waiting sequences are admitted in policy order, while there are tokens in the budget and pages in the
-    pool. While latency-critical sequences decode, all others share what `StepBudget` leaves them, those that
-    decode in turns.
+    pool. While latency-critical sequences decode, all others share what `StepBudget` leaves them, in
+    policy order: who gets nothing rests in the batch until that changes, or until it is due.
 
     - A sequence whose prefix another one is computing is *blocked*: it takes part again when the prefix is
       there, in the same step if it can, and holds up nobody meanwhile.
@@ -250,7 +250,7 @@ class Scheduler:
         """
         others = [sequence for sequence in decodes if self._gives_way(sequence, now_s)]
         if budget.limited:
-            others.sort(key=lambda sequence: (-sequence.num_left_out, self.policy.order(sequence, now_s)))
+            others.sort(key=lambda sequence: self.policy.order(sequence, now_s))
         budget.take(0, len(decodes) - len(others), gives_way=False)
         left_out = set()
         for sequence in others:
@@ -259,10 +259,7 @@ class Scheduler:
             else:
                 left_out.add(sequence.number)
         for sequence in decodes:
-            if sequence.number in left_out:
-                sequence.num_left_out += 1
-            else:
-                sequence.num_left_out = 0
+            if sequence.number not in left_out:
                 self._append(batch, sequence, 1)
 
     def _admit(self, batch: ScheduledBatch, budget: StepBudget, now_s: float) -> None:

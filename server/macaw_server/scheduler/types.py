@@ -78,7 +78,6 @@ class Sequence:
         cached_tokens: Prompt tokens found in the cache when it first entered a batch.
         num_preemptions: How often it lost its pages.
         num_charged: Tokens from the front that count as served: those computed again are not charged again.
-        num_left_out: Steps in a row in which it could have decoded and gave way.
         drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
     """
 
@@ -93,7 +92,6 @@ class Sequence:
     cached_tokens: int | None = None
     num_preemptions: int = 0
     num_charged: int = 0
-    num_left_out: int = 0
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:

@@ -254,17 +254,7 @@ class ProgramRun:
 
     def _call_hints(self, node: CallNode) -> CallHints:
         """What the graph says, or the client where there is none. Apps are told apart by tenant."""
-        ready_ms = node.timings.ready_ms or 0.0
-        hints = CallHints(
-            program_id=self.id,
-            call_class=node.call_class,
-            depth=node.depth,
-            group=node.group,
-            arrival_s=self.started_s + ready_ms / 1000,
-            tenant=self.tenant.id,
-            remaining_tokens=None if self.is_plain or self.program.may_grow else node.remaining_tokens,
-            deadline_s=self.started_s + node.deadline_ms / 1000,
-        )
+        hints = self.program.hints(node, started_s=self.started_s, tenant=self.tenant.id)
         return hints if self._hints is None else _overridden(hints, self._hints, self.tenant)
 
     def _on_deadline(self, deadline_ms: float) -> None:
