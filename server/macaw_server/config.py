@@ -64,7 +64,7 @@ class EngineConfig(BaseModel):
     )
     policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
     latency_slowdown: float = Field(
-        default=3.0,
+        default=4.0,
         ge=1,
         description="Policy app: while latency-critical calls decode, others ride along as far as a step gets at most "
         "so many times longer.",

@@ -31,8 +31,9 @@ class CallHints:
         arrival_s: When the call became ready, monotonic seconds of the server process.
         tenant: Whose it is; tenants share an engine by `tenant_weight`.
         tenant_weight: Above 0.
-        remaining_tokens: Estimate of the output tokens on the longest path from here to a target, this call's
-            included; None where the program may grow or nothing is known.
+        work_tokens: Estimate of the output tokens that the program still needs, over all of its calls; None where it
+            may grow or nothing is known.
+        path_tokens: The same on the longest path from this call on, this one included.
         deadline_s: When its program's answer is worthless; same clock as `arrival_s`.
     """
 
@@ -43,7 +44,8 @@ class CallHints:
     arrival_s: float = 0.0
     tenant: str = ""
     tenant_weight: float = 1.0
-    remaining_tokens: float | None = None
+    work_tokens: float | None = None
+    path_tokens: float | None = None
     deadline_s: float = math.inf
 
 

@@ -26,14 +26,14 @@ class Objective(NamedTuple):
         call_class: The strictest that any consumer or target asks for; BACKGROUND while nothing asks.
         depth: Calls before this one on its longest path.
         group: Id of the consumer that its task group feeds. A chain that ends in a member belongs to it too.
-        remaining_tokens: Estimate of the output tokens on the longest path from here to the end, its own included.
+        path_tokens: Estimate of the output tokens on the longest path from here to the end, its own included.
         deadline_ms: The earliest of the targets behind it, from the program's start.
     """
 
     call_class: CallClass = CallClass.BACKGROUND
     depth: int = 0
     group: str | None = None
-    remaining_tokens: float = 0.0
+    path_tokens: float = 0.0
     deadline_ms: float = math.inf
 
 
@@ -80,6 +80,13 @@ def deduce(graph: Graph, calls: Iterable[str]) -> dict[str, Objective]:
     return best
 
 
+def output_tokens(call: Call) -> int:
+    """How many tokens a call's answer may need: limits are often far above what comes."""
+    request = call.request
+    limit = request.max_completion_tokens if isinstance(request, ChatCompletionRequest) else None
+    return min(limit or request.max_tokens or USUAL_OUTPUT_TOKENS, USUAL_OUTPUT_TOKENS)
+
+
 def _look_ahead(graph: Graph, objectives: dict[str, Objective]) -> None:
     """Fill in what lies between each call and the end of the program."""
     after = dict.fromkeys(objectives, 0.0)
@@ -89,18 +96,11 @@ def _look_ahead(graph: Graph, objectives: dict[str, Objective]) -> None:
             if call_id in deadlines and target.deadline_ms is not None:
                 deadlines[call_id] = min(deadlines[call_id], target.deadline_ms)
     for call_id in reversed(list(objectives)):
-        remaining, deadline_ms = after[call_id] + _output_tokens(graph, call_id), deadlines[call_id]
-        objectives[call_id] = objectives[call_id]._replace(remaining_tokens=remaining, deadline_ms=deadline_ms)
+        step = graph.steps[call_id]
+        assert isinstance(step, Call), f"{call_id!r} is a {type(step).__name__}"
+        path, deadline_ms = after[call_id] + output_tokens(step), deadlines[call_id]
+        objectives[call_id] = objectives[call_id]._replace(path_tokens=path, deadline_ms=deadline_ms)
         for feeder in graph.feeders_of(call_id):
             if feeder in after:
-                after[feeder] = max(after[feeder], remaining)
+                after[feeder] = max(after[feeder], path)
                 deadlines[feeder] = min(deadlines[feeder], deadline_ms)
-
-
-def _output_tokens(graph: Graph, call_id: str) -> int:
-    """How many tokens a call's answer may need: limits are often far above what comes."""
-    step = graph.steps[call_id]
-    assert isinstance(step, Call), f"{call_id!r} is a {type(step).__name__}"
-    request = step.request
-    limit = request.max_completion_tokens if isinstance(request, ChatCompletionRequest) else None
-    return min(limit or request.max_tokens or USUAL_OUTPUT_TOKENS, USUAL_OUTPUT_TOKENS)

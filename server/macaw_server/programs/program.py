@@ -37,7 +37,7 @@ from macaw_server.engine.types import CallClass, CallHints
 
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
-from .objectives import deduce
+from .objectives import deduce, output_tokens
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class CallNode:
         depth: Calls before it on its longest path.
         call_class: What the application waits for here; deduced anew when the program grows.
         group: Task group within the program, if any.
-        remaining_tokens: Estimate of the output tokens from here to the end of the program, as known so far.
+        path_tokens: Estimate of the output tokens on the longest path from here to the end of the program.
         deadline_ms: Of the targets behind it, from the program's start.
         timings: Milliseconds since the program was created.
         prompt_tokens: Known when the call has started.
@@ -67,7 +67,7 @@ class CallNode:
     depth: int = 0
     call_class: CallClass = CallClass.BACKGROUND
     group: str | None = None
-    remaining_tokens: float = 0.0
+    path_tokens: float = 0.0
     deadline_ms: float = math.inf
     timings: CallTimings = field(default_factory=CallTimings)
     prompt_tokens: int = 0
@@ -128,6 +128,7 @@ class Program:
         self._ready: list[tuple[CallClass, int, str]] = []  # a heap
         self._running: dict[str, None] = {}
         self._unfinished: dict[str, None] = {}  # calls, producers before consumers
+        self._work_tokens = 0  # what these may answer
         self._ended_ms: float | None = None
 
         first = ProgramGrowth(
@@ -236,7 +237,8 @@ class Program:
             arrival_s=started_s + (node.timings.ready_ms or 0.0) / 1000,
             tenant=tenant,
             tenant_weight=tenant_weight,
-            remaining_tokens=None if unknown else node.remaining_tokens,
+            work_tokens=None if unknown else self._work_tokens,
+            path_tokens=None if unknown else node.path_tokens,
             deadline_s=started_s + node.deadline_ms / 1000,
         )
 
@@ -279,7 +281,8 @@ class Program:
         node = self.calls[call_id]
         if call_id not in self._running:
             return []
-        del self._running[call_id], self._unfinished[call_id]
+        del self._running[call_id]
+        self._finish(node)
         node.status, node.completion = "completed", completion
         node.completion_tokens = completion["usage"]["completion_tokens"]
         node.timings.completed_ms = now_ms
@@ -332,10 +335,11 @@ class Program:
         """Bring a checked part to life; `new` are its steps, producers before consumers."""
         for call in growth.calls:
             self.calls[call.id] = CallNode(call, index=len(self.calls))
+            self._work_tokens += output_tokens(call)
         self._unfinished |= {step_id: None for step_id in new if step_id in self.calls}
         for call_id, objective in deduce(self._graph, self._unfinished).items():
             node = self.calls[call_id]
-            node.call_class, node.depth, node.group, node.remaining_tokens, node.deadline_ms = objective
+            node.call_class, node.depth, node.group, node.path_tokens, node.deadline_ms = objective
         self._ready = [self._heap_entry(call_id) for *_, call_id in self._ready]
         heapq.heapify(self._ready)
         effects = self._flow.add(growth.variables, new)
@@ -395,10 +399,14 @@ class Program:
 
     def _fail(self, node: CallNode, error: MacawError, now_ms: float) -> None:
         self._running.pop(node.call.id, None)
-        del self._unfinished[node.call.id]
+        self._finish(node)
         node.status, node.error = "failed", error
         node.timings.completed_ms = now_ms
         self._emit(CallFailed(call_id=node.call.id, error=_body(error), timings=node.timings.model_copy()))
+
+    def _finish(self, node: CallNode) -> None:
+        del self._unfinished[node.call.id]
+        self._work_tokens -= output_tokens(node.call)
 
     def _emit(self, event: AnyEvent) -> Event:
         event.sequence = len(self.events)

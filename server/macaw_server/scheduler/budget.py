@@ -1,4 +1,4 @@
-"""What may still go into a step: tokens, and the time that latency-critical decodes leave to everybody else. Pure."""
+"""What may still go into a step: tokens, and the time that those who go first leave to everybody else. Pure."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
 from macaw_server.scheduler.types import Sequence
 
 MIN_CHUNK = 16
-"""Tokens that the first of those who give way gets in every step, whatever that costs the critical ones."""
+"""Tokens that the first of those who give way gets in every step, whatever that costs the protected ones."""
+LEADER_SLOWDOWN = 10.0
+"""How far others may slow the program that is first in order where nothing is latency-critical: a batch so large runs
+at nearly full throughput, and the first program still ends long before the last."""
 
 
 class StepBudget:
     """The budget of one step.
 
-    As long as critical sequences decode, others add to the step what keeps it within `slowdown` times what it takes
-    with the critical ones alone, as the step-time model predicts it. That replaces caps on the batch: how many
+    As long as protected sequences decode, others add to the step what keeps it within `slowdown` times what it takes
+    with the protected ones alone, as the step-time model predicts it. That replaces caps on the batch: how many
     prefills or decodes that is depends on the machine, the model and the contexts.
 
     Args:
         num_tokens: Of the step at most.
         model: Predicts.
-        critical: Sequences that decode, and whose time per token counts; none: tokens are the only limit.
+        protected: Sequences that decode, and whose time per token counts; none: tokens are the only limit.
         slowdown: At least 1.
     """
 
-    def __init__(self, num_tokens: int, model: StepTimeModel, critical: Iterable[Sequence], slowdown: float) -> None:
+    def __init__(self, num_tokens: int, model: StepTimeModel, protected: Iterable[Sequence], slowdown: float) -> None:
         self.num_tokens = num_tokens
         self._model = model
         self._num_given = 0  # tokens to those who give way
         self._left_ms = math.inf
         features = StepFeatures()
-        for sequence in critical:
+        for sequence in protected:
             features = features.plus(sequence.num_computed, 1, num_samples=1)
         if features.num_tokens:
             self._left_ms = (slowdown - 1) * model.predict(features)
@@ -54,7 +57,7 @@ class StepBudget:
         Args:
             start: Position of the first.
             wanted: At least 1.
-            gives_way: To critical sequences.
+            gives_way: To the protected ones.
         """
         wanted = min(wanted, self.num_tokens)
         if not gives_way or not self.limited:

@@ -102,8 +102,8 @@ class AppPolicy(Policy):
     1. Tenants, by weighted service received.
     2. Calls that are due: by when they became so. A deadline makes a call due when it has to start.
     3. Class: latency-critical, then task groups, then background.
-    4. Programs: the shortest remaining path where it is known, else the least service so far (Autellix, Luo et
-       al., 2025), in powers of two, so that programs of about the same size do not overtake each other in turns.
+    4. Programs: the least work left where that is known, else the least service so far (Autellix, Luo et al.,
+       2025), in powers of two, so that programs of about the same size do not overtake each other in turns.
     5. The deepest call: it ends a program. Then arrival, by which the calls of a group stay together.
     """
 
@@ -117,7 +117,7 @@ class AppPolicy(Policy):
     def key(self, sequence: Sequence) -> Key:
         """By class, size of the program, depth and arrival."""
         hints = sequence.request.hints
-        size = self.attained[hints.program_id] if hints.remaining_tokens is None else hints.remaining_tokens
+        size = self.attained[hints.program_id] if hints.work_tokens is None else hints.work_tokens
         return (hints.call_class, _magnitude(size), -hints.depth, sequence.arrival_s)
 
     def lane(self, sequence: Sequence) -> str:

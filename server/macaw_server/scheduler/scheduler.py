@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
 from macaw_server.kvcache import Blocked, KVCache
-from macaw_server.scheduler.budget import StepBudget
+from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.policy import Policy, make_policy
 from macaw_server.scheduler.speculation import Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
@@ -34,8 +34,9 @@ class Scheduler:
 
     A step: every running sequence that decodes gets its token; then prefills go on, in policy order; then
     waiting sequences are admitted in policy order, while there are tokens in the budget and pages in the
-    pool. While latency-critical sequences decode, all others share what `StepBudget` leaves them, in
-    policy order: who gets nothing rests in the batch until that changes, or until it is due.
+    pool. While latency-critical sequences decode, or else the calls of the program that is first in order,
+    all others share what `StepBudget` leaves them, in policy order: who gets nothing rests in the batch until
+    that changes, or until it is due.
 
     - A sequence whose prefix another one is computing is *blocked*: it takes part again when the prefix is
       there, in the same step if it can, and holds up nobody meanwhile.
@@ -77,6 +78,7 @@ class Scheduler:
         self._running: dict[str, Sequence] = {}
         self._followers: dict[str, list[tuple[int, int, Sequence]]] = {}  # by owner: heaps by pages needed
         self._num_added = 0
+        self._leader: str | None = None  # the program under protection where no critical sequence decodes
         self._out_of_pages: Sequence | None = None  # who found none in the step before
         self._stats = EngineStats(pages_total=kv_cache.num_pages)
 
@@ -152,8 +154,9 @@ class Scheduler:
             self._make_way(batch, now_s)
         decodes = [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]
         prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
-        critical = [s for s in decodes if self.policy.protects_latency and self.policy.is_critical(s)]
-        budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, critical, self.config.latency_slowdown)
+        protected = self._protect(decodes, now_s)
+        slowdown = self.config.latency_slowdown if self._leader is None else LEADER_SLOWDOWN
+        budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, protected, slowdown)
         self._decode(batch, decodes, budget, now_s)
         for sequence in sorted(prefills, key=lambda sequence: self.policy.order(sequence, now_s)):
             self._run(batch, sequence, budget, now_s)
@@ -292,10 +295,24 @@ class Scheduler:
                 batch.admitted.append(sequence)
             self._run(batch, sequence, budget, now_s)
 
+    def _protect(self, decodes: list[Sequence], now_s: float) -> list[Sequence]:
+        """Those whose time per token counts in this step: the critical ones, or else the first program's."""
+        self._leader = None
+        if not self.policy.protects_latency or not decodes:
+            return []
+        critical = [sequence for sequence in decodes if self.policy.is_critical(sequence)]
+        if critical:
+            return critical
+        first = min(decodes, key=lambda sequence: self.policy.order(sequence, now_s))
+        self._leader = first.request.hints.program_id
+        return [sequence for sequence in decodes if sequence.request.hints.program_id == self._leader]
+
     def _gives_way(self, sequence: Sequence, now_s: float) -> bool:
-        """Whether it takes only what critical sequences leave."""
+        """Whether it takes only what those under protection leave."""
         policy = self.policy
-        return policy.protects_latency and not policy.is_critical(sequence) and now_s <= policy.due_s(sequence)
+        if not policy.protects_latency or policy.is_critical(sequence) or now_s > policy.due_s(sequence):
+            return False
+        return self._leader is None or sequence.request.hints.program_id != self._leader
 
     def _speculate(self, batch: ScheduledBatch) -> None:
         """Add drafts to the chunks that decode, where they pay."""
@@ -364,7 +381,7 @@ class Scheduler:
             return math.inf
         prefill_ms = self._step_time.predict(StepFeatures().plus(0, num_prompt, num_samples=1))
         decode_ms = self._step_time.predict(StepFeatures().plus(num_prompt, 1, num_samples=1))
-        num_outputs = request.sampling.max_tokens if hints.remaining_tokens is None else hints.remaining_tokens
+        num_outputs = request.sampling.max_tokens if hints.path_tokens is None else hints.path_tokens
         return hints.deadline_s - (prefill_ms + num_outputs * decode_ms * self.config.latency_slowdown) / 1000
 
     # -- ends ------------------------------------------------------------------------------------------------

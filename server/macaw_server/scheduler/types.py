@@ -45,7 +45,7 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = None
     max_draft_tokens: int = 0
     ridge: float = 8.0
-    latency_slowdown: float = 3.0
+    latency_slowdown: float = 4.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:

@@ -5,7 +5,7 @@ import math
 from macaw.protocol import ProgramGrowth, Target
 from macaw_server.engine.types import CallClass
 from macaw_server.programs.program import Program
-from server.programs.builders import call, program, targets, transform
+from server.programs.builders import call, complete, program, targets, transform
 
 LATENCY, GROUP, BACKGROUND = CallClass.LATENCY, CallClass.GROUP, CallClass.BACKGROUND
 
@@ -117,7 +117,7 @@ def test_what_is_left_is_the_longest_path_in_output_tokens() -> None:
         call("d", "b.out", "c.out", max_tokens=100_000),
     ]
     nodes = program(*steps, target="d.out").calls
-    assert {name: node.remaining_tokens for name, node in nodes.items()} == {"a": 286, "b": 276, "c": 261, "d": 256}
+    assert {name: node.path_tokens for name, node in nodes.items()} == {"a": 286, "b": 276, "c": 261, "d": 256}
 
 
 def test_a_deadline_holds_for_all_that_comes_before() -> None:
@@ -125,3 +125,15 @@ def test_a_deadline_holds_for_all_that_comes_before() -> None:
     nodes = program(*steps, target=[*targets("b.out", deadline_ms=50), *targets("c.out", deadline_ms=90)]).calls
     assert {name: node.deadline_ms for name, node in nodes.items()} == {"a": 50, "b": 50, "c": 90}
     assert program(call("a"), target="a.out").calls["a"].deadline_ms == math.inf
+
+
+def test_work_is_what_is_left_of_all_calls() -> None:
+    both = targets("b.out", "c.out")
+    run = program(call("a", max_tokens=10), call("b", "a.out", max_tokens=20), call("c", "a.out"), target=both)
+    assert [node.call.id for node in run.take_ready(0.0)] == ["a"]
+    hints = run.hints(run.calls["a"], started_s=5.0, tenant="t")
+    assert (hints.work_tokens, hints.path_tokens, hints.tenant, hints.arrival_s) == (286, 266, "t", 5.0)
+    complete(run, "a")
+    assert run.hints(run.calls["b"], started_s=5.0, tenant="t").work_tokens == 276
+    may_grow = program(call("a"), open=True)
+    assert may_grow.hints(may_grow.calls["a"], started_s=0.0, tenant="t").work_tokens is None

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macaw_server.engine.types import CallClass
-from macaw_server.scheduler import Coefficients, SequenceStatus, StepTimeModel, policy
+from macaw_server.scheduler import AGEING_S, Coefficients, SequenceStatus, StepTimeModel, policy
 from macaw_server.scheduler.budget import MIN_CHUNK, StepBudget
 from macaw_server.scheduler.fairness import MAX_PROGRAMS, AttainedService, FairShares
 from server.scheduler.engine_model import EngineModel
@@ -34,7 +34,7 @@ def order_of(run: EngineModel) -> list[str]:
 def test_the_shortest_remaining_path_goes_first():
     run = engine()
     for name, remaining in [("long", 4000.0), ("short", 100.0), ("middle", 900.0)]:
-        run.add(name, [len(name)], program_id=name, remaining_tokens=remaining)
+        run.add(name, [len(name)], program_id=name, work_tokens=remaining)
     assert order_of(run) == ["short", "middle", "long"]
 
 
@@ -62,8 +62,8 @@ def test_a_deadline_makes_a_call_due_when_it_has_to_start():
     run = engine(latency_slowdown=2.0)
     run.add("running", [1], max_tokens=20)
     # The prefill takes 11 ms, and each token at most 2 x 11: this one has to start after 0.1 s.
-    run.add("deadline", [2], call_class=BACKGROUND, remaining_tokens=100.0, deadline_s=run.now_s + 2.311)
-    run.add("late", [3], call_class=BACKGROUND, remaining_tokens=100.0, deadline_s=run.now_s + 60)
+    run.add("deadline", [2], call_class=BACKGROUND, path_tokens=100.0, deadline_s=run.now_s + 2.311)
+    run.add("late", [3], call_class=BACKGROUND, path_tokens=100.0, deadline_s=run.now_s + 60)
     run.add("critical", [4])
     assert run.sequences["deadline"].latest_start_s == pytest.approx(run.now_s + 0.1)
     assert order_of(run) == ["running", "deadline", "critical", "late"]
@@ -105,7 +105,7 @@ def test_critical_prefills_do_not_give_way():
     assert tokens_of(run.step(), "other") == 50
 
 
-def test_decodes_that_give_way_take_turns():
+def test_decodes_that_give_way_run_in_order_and_rest_until_they_are_due():
     run = engine(max_num_seqs=64, latency_slowdown=1.0)
     maps = [run.add(f"map-{i}", [9, i], max_tokens=500, call_class=GROUP) for i in range(40)]
     run.step()
@@ -116,8 +116,21 @@ def test_decodes_that_give_way_take_turns():
     for _ in range(5):
         assert tokens_of(run.step(), "map") == MIN_CHUNK
     gained = [s.num_outputs - b for s, b in zip(maps, before, strict=True)]
-    assert sum(gained) == 5 * MIN_CHUNK
-    assert max(gained) - min(gained) <= 2
+    assert gained == [5] * MIN_CHUNK + [0] * (40 - MIN_CHUNK)
+    run.now_s += AGEING_S
+    assert tokens_of(run.step(), "map") == 40
+
+
+def test_of_equal_programs_one_ends_after_the_other():
+    """Where nothing is critical, the first program in order is protected; what is left is filled up with the others."""
+    run = engine(max_num_seqs=64, num_pages=4000, max_num_batched_tokens=256)
+    for program in "ab":
+        for i in range(20):
+            prompt = [ord(program), i] * 30
+            run.add(f"{program}-{i}", prompt, max_tokens=10, call_class=GROUP, program_id=program, work_tokens=200)
+    batches = run.run()
+    assert {name[0] for name in run.finished[:20]} == {"a"}
+    assert any({c.sequence.request_id[0] for c in batch.chunks} == {"a", "b"} for batch in batches)
 
 
 def test_nobody_is_admitted_to_do_nothing_but_critical_calls_are():
@@ -136,7 +149,7 @@ def test_who_is_due_gives_way_no_longer():
     run = engine(max_num_seqs=4, latency_slowdown=1.0)
     run.add("map", list(range(100, 190)), call_class=GROUP)
     run.add("chat", [1, 2], max_tokens=50)
-    run.now_s += 31.0
+    run.now_s += AGEING_S + 1
     run.step()
     assert tokens_of(run.step(), "map") == 90 - 64
 
@@ -195,7 +208,7 @@ def test_a_critical_call_takes_pages_of_others_until_it_has_enough():
 
 
 def test_nobody_makes_way_for_its_equal_nor_when_it_is_due():
-    for now_s, call_class in [(0.0, CallClass.LATENCY), (31.0, BACKGROUND)]:
+    for now_s, call_class in [(0.0, CallClass.LATENCY), (AGEING_S + 1, BACKGROUND)]:
         run = engine(max_num_seqs=1)
         run.add("old", [5], max_tokens=10, call_class=call_class)
         run.step()

@@ -55,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         tenant=st.sampled_from(["", "", "other"]),
         program_id=st.sampled_from(["p", "q"]),
-        remaining_tokens=st.sampled_from([None, 10.0, 1000.0]),
+        work_tokens=st.sampled_from([None, 10.0, 1000.0]),
         deadline_s=st.sampled_from([math.inf, 1.1, 30.0]),
         copies=st.integers(1, 3),
     )
