@@ -139,7 +139,7 @@ def variety() -> list[SamplingParams]:
     return [
         plain,
         replace(plain, temperature=1.0, seed=1),
-        replace(plain, temperature=0.7, seed=2, top_p=0.9, frequency_penalty=0.5, presence_penalty=0.5),
+        replace(plain, temperature=0.7, seed=12, top_p=0.9, frequency_penalty=0.5, presence_penalty=0.5),
         replace(plain, repetition_penalty=1.5, logprobs=3),
         replace(plain, temperature=0.8, seed=3, top_k=20, max_tokens=NUM_OUTPUT - 3),
         replace(plain, temperature=1.2, seed=4, min_p=0.02, frequency_penalty=0.3),
