@@ -8,12 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile, native_available
+from macaw_kernels import (
+    ALWAYS_SHARE,
+    CPU_TORCH,
+    NEVER_SHARE,
+    DeviceProfile,
+    HeadConfig,
+    default_profile,
+    native_available,
+)
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
@@ -65,7 +74,7 @@ class EngineCore:
         device = choose_device(config.device)
         hf = loader.load_config(config)
         dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
-        profile = _profile(config, device, dtype)
+        profile = partial(_profile, config, device, dtype)
         model = loader.load_model(config, hf, device, dtype, on_loading)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
@@ -266,10 +275,10 @@ def _native(config: EngineConfig, device: torch.device, hf: Any) -> bool:
     return config.native and device.type == "cpu" and covered and native_available()
 
 
-def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> DeviceProfile:
+def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype, heads: HeadConfig) -> DeviceProfile:
     """The attention planner's cost model for `--sharing`."""
     if config.sharing != "auto":
         return {"always": ALWAYS_SHARE, "never": NEVER_SHARE}[config.sharing]
     if device.type == "cpu" and not config.native:
         return CPU_TORCH
-    return default_profile(device, dtype)
+    return default_profile(device, dtype, heads=heads)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from macaw_kernels import DeviceProfile
+from macaw_kernels import DeviceProfile, HeadConfig
 from macaw_kernels.cpu.build import NativeBuildError
 from macaw_kernels.cpu.decoder import NativeDecoder
 from macaw_kernels.cpu.linear import WeightType
@@ -39,6 +39,8 @@ from macaw_server.models.layerwise import LayerTrace, Rows, routes
 from macaw_server.models.native import NotNativeError, free_weights, read_weights
 
 log = logging.getLogger(__name__)
+
+ProfileOf = Callable[[HeadConfig], DeviceProfile]
 
 # How far logits may be from stock ones, in standard deviations of the stock logits.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -62,15 +64,13 @@ class Prepared(NamedTuple):
     weight_bytes: int
 
 
-def prepare(
-    model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_model_len: Callable[[], int]
-) -> Prepared:
+def prepare(model: nn.Module, config: EngineConfig, profile: ProfileOf, max_model_len: Callable[[], int]) -> Prepared:
     """Switch `model` to paged attention, and to the native decoder where there is one, checking its answers.
 
     Args:
         model: In eval mode with transformers' eager attention.
         config: What is to be served.
-        profile: The attention planner's cost model.
+        profile: The attention planner's cost model, by heads.
         max_model_len: Says beyond which length no context will go; asked only for models that are supported.
 
     Raises:
@@ -211,7 +211,7 @@ def _check_layers(
     forward: ForwardPass,
     seen: BatchContext,
     prompts: list[list[int]],
-    profile: DeviceProfile,
+    profile: ProfileOf,
     attention_backend: str | None,
     tolerance: float,
 ) -> None:
@@ -243,7 +243,7 @@ def _paged_logits(
     forward: ForwardPass,
     layers: dict[int, LayerSpec],
     prompts: list[list[int]],
-    profile: DeviceProfile,
+    profile: ProfileOf,
     attention_backend: str | None = None,
     around: Callable[[Rows], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> list[Tensor]:
