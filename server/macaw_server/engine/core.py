@@ -26,6 +26,7 @@ from macaw_kernels import (
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
+from macaw_server.engine.ridge import RidgeEstimate, measured
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RIDGE = {"cpu": 8.0, "cuda": 128.0}
-"""`--speculative-ridge` by device."""
-
 
 class EngineCore:
     """One model on one device. Not thread-safe: whoever owns it calls it from one thread.
@@ -60,6 +58,9 @@ class EngineCore:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
         make_proposer: Makes what proposes a request's draft tokens.
+
+    Attributes:
+        info: What was loaded.
 
     Raises:
         StartupError: The model cannot be served; the message says why and what to do.
@@ -111,8 +112,17 @@ class EngineCore:
             backend=prepared.backend,
             eos_token_ids=loader.eos_token_ids(config, model),
         )
+        self._ridge: RidgeEstimate | None = None
+        if config.speculative_tokens and config.speculative_ridge is None:
+            on_loading("measuring what a draft costs")
+            self._ridge = measured(self._runner, self.info)
         self._scheduler = self._new_scheduler()
         self._constrained = ConstrainedRequests(lambda: loader.load_tokenizer(config), self.info.vocab_size)
+
+    @property
+    def ridge(self) -> float:
+        """Of speculation: given, or measured; without speculation it has no say."""
+        return self._ridge.ridge if self._ridge is not None else self._config.speculative_ridge or 1.0
 
     @property
     def has_work(self) -> bool:
@@ -157,6 +167,9 @@ class EngineCore:
         outputs = self._postprocess(batch, sampled)
         self._steps += 1
         self._forward_s += done - ready
+        if self._ridge is not None and all(chunk.length == 1 for chunk in batch.chunks):
+            self._ridge.observe(sum(chunk.num_samples for chunk in batch.chunks), done - ready)
+            self._scheduler.ridge = self._ridge.ridge
         self._overhead_s += time.perf_counter() - done + ready - begin
         return refused + outputs
 
@@ -183,7 +196,7 @@ class EngineCore:
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
             max_model_len=self.info.max_model_len,
             max_draft_tokens=self._config.speculative_tokens,
-            ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
+            ridge=self.ridge,
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
