@@ -84,13 +84,16 @@ def best_backend(heads: HeadConfig, device: torch.device, dtype: torch.dtype) ->
     return next(name for name, backend in BACKENDS.items() if backend.supports(heads, device, dtype))
 
 
-def default_profile(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> DeviceProfile:
+def default_profile(
+    device: torch.device, dtype: torch.dtype, backend: str | None = None, heads: HeadConfig | None = None
+) -> DeviceProfile:
     """Return a backend's cost model: what ``macaw kernels fit`` has measured on this device, else built in.
 
     Args:
         device: Where it runs.
         dtype: Of keys and values.
-        backend: A name of `BACKENDS`; None is the one that `attend` uses for heads of common sizes.
+        backend: A name of `BACKENDS`; None is the one that `attend` uses for these heads.
+        heads: Whose costs; None is heads of common sizes.
     """
-    backend = backend or best_backend(HeadConfig(1, 1, 64, 64), device, dtype)
-    return load_profile(device_name(device), backend, dtype) or BACKENDS[backend].profile(device)
+    backend = backend or best_backend(heads or HeadConfig(1, 1, 64, 64), device, dtype)
+    return load_profile(device_name(device), backend, dtype, heads) or BACKENDS[backend].profile(device)

@@ -26,7 +26,7 @@ from macaw_kernels.types import AttentionPlan, HeadConfig
 PAGE_SIZE = 16
 _LAYER_BYTES = 256 << 20
 _COPY_BYTES = 512 << 20
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class WrongAnswerError(Exception):
@@ -152,7 +152,7 @@ def run_case(
     """
     heads = case.heads
     tables, contexts, queries = case.block_tables(), [case.context] * case.batch, [1] * case.batch
-    chosen = default_profile(device, dtype, backend)
+    chosen = default_profile(device, dtype, backend, heads)
     plain, shared, always = (
         plan(tables, contexts, queries, heads, profile, PAGE_SIZE) for profile in (NEVER_SHARE, chosen, ALWAYS_SHARE)
     )
@@ -169,8 +169,8 @@ def run_case(
     for each in (plain, shared, always):
         answer = attend(q, k_pages[0], v_pages[0], each, scale=scale, backend=backend)[:some]
         error = (answer.float() - expected.float()).abs().max().item()
-        if not error <= _TOLERANCE[dtype]:
-            raise WrongAnswerError(f"{case.name} on {backend}: off by {error:.2g} (accepted: {_TOLERANCE[dtype]:g})")
+        if not error <= TOLERANCE[dtype]:
+            raise WrongAnswerError(f"{case.name} on {backend}: off by {error:.2g} (accepted: {TOLERANCE[dtype]:g})")
 
     def step(each: AttentionPlan) -> float:
         def layers() -> None:

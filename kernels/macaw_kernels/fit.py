@@ -22,7 +22,7 @@ from macaw_kernels.backends import BACKENDS, best_backend
 from macaw_kernels.bench import PAGE_SIZE, Case, make_inputs, seconds
 from macaw_kernels.devices import device_name
 from macaw_kernels.planner import plan
-from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE, save_profile
+from macaw_kernels.profiles import ALWAYS_SHARE, NEVER_SHARE, Fit, Fits, load_fits, save_fits
 from macaw_kernels.types import AttentionPlan, DeviceProfile, HeadConfig
 
 _SUFFIX = 64
@@ -46,28 +46,35 @@ class _Point(NamedTuple):
 
 
 def fit_profile(device: torch.device, dtype: torch.dtype, heads: HeadConfig) -> Fitted:
-    """Measure, fit and write the profile of the backend that `attend` uses for these heads."""
+    """Measure, fit and write the profile of the backend that `attend` uses for these heads.
+
+    What was measured for other heads stays; the common profile is fitted again to all of it.
+    """
     backend = best_backend(heads, device, dtype)
     points = [
-        point
+        [*point.terms, point.time_ns]
         for prefix in (64, 256, 1024, 4096)
         for batch in (2, 8, 32)
         for point in _measure(device, dtype, heads, prefix, batch)
     ]
-    terms = np.array([point.terms for point in points])
-    times = np.array([point.time_ns for point in points])
+    name = device_name(device)
+    built_in = BACKENDS[backend].profile(device)
+    profile, error = _fitted(points, replace(built_in, name=f"{name}-{backend}-{heads.name}-fitted"))
+    before = load_fits(name, backend, dtype)
+    by_heads = {**(before.by_heads if before else {}), heads.name: Fit(profile, points)}
+    everything = [point for fit in by_heads.values() for point in fit.points]
+    common, _ = _fitted(everything, replace(built_in, name=f"{name}-{backend}-fitted"))
+    return Fitted(profile, error, len(points), save_fits(Fits(by_heads, common), name, backend, dtype))
+
+
+def _fitted(points: list[list[float]], template: DeviceProfile) -> tuple[DeviceProfile, float]:
+    """The profile with the coefficients of these points, and the median relative error of its model."""
+    table = np.array(points)
+    terms, times = table[:, :-1], table[:, -1]
     # Relative errors: the short calls are where sharing may not pay.
     base, kv, share, state = _non_negative_least_squares(terms / times[:, None], np.ones(len(times)))
     error = float(np.median(np.abs(terms @ np.array([base, kv, share, state]) / times - 1)))
-    name = device_name(device)
-    profile = replace(
-        BACKENDS[backend].profile(device),
-        name=f"{name}-{backend}-fitted",
-        share_us=share / 1000,
-        kv_element_ns=kv,
-        state_element_ns=state,
-    )
-    return Fitted(profile, error, len(points), save_profile(profile, name, backend, dtype))
+    return replace(template, share_us=share / 1000, kv_element_ns=kv, state_element_ns=state), error
 
 
 def _measure(

@@ -8,10 +8,10 @@ import os
 from dataclasses import asdict, fields
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from macaw_kernels.cpu.build import cache_dir
-from macaw_kernels.types import DeviceProfile
+from macaw_kernels.types import DeviceProfile, HeadConfig
 
 log = logging.getLogger(__name__)
 
@@ -84,33 +84,85 @@ def profile_file(device: str, backend: str, dtype: object) -> Path:
     return cache_dir() / "kernels" / f"profile-{device}-{backend}-{str(dtype).removeprefix('torch.')}.json"
 
 
-def load_profile(device: str, backend: str, dtype: object) -> DeviceProfile | None:
+class Fit(NamedTuple):
+    """What ``macaw kernels fit`` has found out about some heads.
+
+    Attributes:
+        profile: Of these heads.
+        points: The measurements: what the four coefficients multiply, and nanoseconds.
+    """
+
+    profile: DeviceProfile
+    points: list[list[float]]
+
+
+class Fits(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        by_heads: By the name of the heads.
+        common: Fitted to the points of all of them: for heads that were not measured.
+    """
+
+    by_heads: dict[str, Fit]
+    common: DeviceProfile
+
+
+def load_profile(device: str, backend: str, dtype: object, heads: HeadConfig | None = None) -> DeviceProfile | None:
     """Return what ``macaw kernels fit`` has measured for this device, backend and dtype; None if it has not.
 
     Args:
         device: As from `devices.device_name`.
         backend: A name of `BACKENDS`.
         dtype: Of keys and values.
+        heads: For which the profile is wanted; those that were not measured, and None, get the common one.
     """
+    fits = load_fits(device, backend, dtype)
+    if fits is None:
+        return None
+    own = None if heads is None else fits.by_heads.get(heads.name)
+    return fits.common if own is None else own.profile
+
+
+def load_fits(device: str, backend: str, dtype: object) -> Fits | None:
+    """Return all that was measured for this device, backend and dtype; None if there is nothing, or it is damaged."""
     path = profile_file(device, backend, dtype)
     try:
         values = json.loads(path.read_text())
-        return DeviceProfile(**{each.name: _number(values, each.name) for each in fields(DeviceProfile)})
+        by_heads = {
+            name: Fit(_profile(fit["profile"]), [[float(x) for x in point] for point in fit["points"]])
+            for name, fit in values["by_heads"].items()
+        }
+        return Fits(by_heads, _profile(values["common"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         log.warning("the built-in device profile is used: %s cannot be read (%s); run `macaw kernels fit`", path, e)
         return None
 
 
-def save_profile(profile: DeviceProfile, device: str, backend: str, dtype: object) -> Path:
-    """Write a measured profile to where `load_profile` finds it."""
-    path = profile_file(device, backend, dtype)
+def save_fits(fits: Fits, device: str, backend: str, dtype: object) -> Path:
+    """Write measured profiles to where `load_profile` finds them."""
+    content = {
+        "by_heads": {
+            name: {"profile": asdict(fit.profile), "points": fit.points} for name, fit in fits.by_heads.items()
+        },
+        "common": asdict(fits.common),
+    }
+    return write_json(profile_file(device, backend, dtype), content)
+
+
+def write_json(path: Path, content: object) -> Path:
+    """Write a file as a whole or not at all, for others read it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(profile), indent=1))
+    partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)
     return path
+
+
+def _profile(values: dict[str, Any]) -> DeviceProfile:
+    return DeviceProfile(**{each.name: _number(values, each.name) for each in fields(DeviceProfile)})
 
 
 def _number(values: dict[str, Any], name: str) -> Any:

@@ -40,6 +40,12 @@ class HeadConfig:
             )
 
     @property
+    def name(self) -> str:
+        """For tables and files: query heads : KV heads x head dim, such as ``14:2x64``."""
+        dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}-{self.v_head_dim}"
+        return f"{self.num_q_heads}:{self.num_kv_heads}x{dims}"
+
+    @property
     def group_size(self) -> int:
         """Query heads that read one KV head."""
         return self.num_q_heads // self.num_kv_heads

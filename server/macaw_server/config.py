@@ -90,7 +90,7 @@ class EngineConfig(BaseModel):
     speculative_ridge: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="Tokens of a step that cost as much to compute as the weights cost to read: "
-        "the fewer, the surer a draft must be; default by device.",
+        "the fewer, the surer a draft must be; default: measured.",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."

@@ -70,16 +70,33 @@ def compile_(
 def fit(
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
-    heads: Annotated[str, typer.Option(help="query heads : KV heads x head dim")] = "14:2x64",
+    heads: Annotated[
+        list[str] | None, typer.Option(help="query heads : KV heads x head dim; may be given again. Default: 14:2x64.")
+    ] = None,
+    tiles: Annotated[
+        bool | None, typer.Option("--tiles/--no-tiles", help="Time tile shapes first (minutes). Default: on a GPU.")
+    ] = None,
 ) -> None:
-    """Measure the planner's cost model on this device and keep it in a file, which the engine reads."""
+    """Measure the planner's cost model, and on a GPU tile shapes, and keep them in files, which the engine reads."""
     import torch
 
     from macaw_kernels.fit import fit_profile
 
-    fitted = fit_profile(torch.device(device), _dtype(dtype), _heads(heads))
-    typer.echo(f"{fitted.profile}\nmedian error of the model over {fitted.num_points} points: {fitted.error:.0%}")
-    typer.echo(f"written to {fitted.path}")
+    on, kind = torch.device(device), _dtype(dtype)
+    shapes = [_heads(text) for text in heads or ["14:2x64"]]
+    if tiles and on.type == "cpu":
+        raise typer.BadParameter("--tiles needs --device cuda: a CPU has no tile shapes")
+    if tiles or (tiles is None and on.type == "cuda"):
+        from macaw_kernels.triton.tune import tune
+
+        for shape in {(each.head_dim, each.v_head_dim): each for each in shapes}.values():
+            tuned = tune(shape, on, kind)
+            typer.echo(f"{tuned.config}\n{tuned.gain:.2f}x as fast as built in; {tuned.num_timed} were timed")
+            typer.echo(f"written to {tuned.path}")
+    for shape in shapes:
+        fitted = fit_profile(on, kind, shape)
+        typer.echo(f"{fitted.profile}\nmedian error of the model over {fitted.num_points} points: {fitted.error:.0%}")
+        typer.echo(f"written to {fitted.path}")
 
 
 @app.command()
@@ -109,10 +126,9 @@ def bench(
     )
     for case in cases:
         each = run_case(case, on, kind, limit, rounds, backend)
-        of = case.heads
         gain, least, most = each.gain
         typer.echo(
-            f"{f'{of.num_q_heads}:{of.num_kv_heads}x{of.head_dim}':10} {case.name:22} {each.plain_ms:9.3f} "
+            f"{case.heads.name:10} {case.name:22} {each.plain_ms:9.3f} "
             f"{each.shared_ms:10.3f}  {gain:5.2f} ({least:5.2f} - {most:5.2f}) {each.num_shared:8} "
             f"{each.plain_gb_s:11.1f} {each.roofline:9.0%}"
         )

@@ -70,7 +70,7 @@ async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
     Raises:
         StartupError: The model cannot be served, or the tokenizer not be loaded; the engine is stopped then.
     """
-    resolve(config.engine())  # a folder that is not there is said at once
+    await asyncio.to_thread(resolve, config.engine())  # a folder that is not there is said at once
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(engine.start())
@@ -122,7 +122,8 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {escape(step)}[/]")
 
         engine = EngineProcess(config.engine(), on_loading)
-        service = await load_service(config, engine)
+        with _signals_end(engine, console):
+            service = await load_service(config, engine)
     server = _Server(
         service,
         "warning" if config.log_level == "info" else config.log_level,
@@ -138,18 +139,45 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
         console.print("stopped")
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _signals_end(engine: EngineProcess, console: Console) -> Iterator[None]:
+    """While the model loads, a signal ends the engine and this process: there is nothing to wait for.
+
+    Not by unwinding: threads that load and import would be waited for, a minute on a busy machine.
+    """
+    loop = asyncio.get_running_loop()
+
+    def end(number: signal.Signals) -> None:
+        engine.kill()
+        console.show_cursor()  # the spinner hides it
+        console.print("stopped while loading")
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, end, number)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
 class _Stopper:
     """On the first signal lets running programs end for a bounded time; on the second does not wait."""
 
     def __init__(self, service: ProgramService, server: _Server, timeout_s: float, console: Console) -> None:
         self._service, self._server, self._timeout_s, self._console = service, server, timeout_s, console
         self._task: asyncio.Task[None] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def close(self) -> None:
         """Give the signals back."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def _on_signal(self) -> None:

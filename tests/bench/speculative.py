@@ -1,6 +1,6 @@
 """Speculative decoding on and off, in alternation, on one engine each: tokens per second and their ratio.
 
-    python tests/bench/speculative.py [--model macaw-demo] [--rounds 5]
+    python tests/bench/speculative.py [--model macaw-demo] [--rounds 5] [--drafts 8]
 
 A model of random weights copies nothing by itself. *loop* is greedy decoding with one token biased to win: every draft
 holds, which is the most that speculation can bring. *repeats* is greedy under a repetition "penalty" below 1: the model
@@ -25,7 +25,6 @@ CASES = {
     "repeats": SamplingParams(max_tokens=96, temperature=0, repetition_penalty=0.7),
     "random": SamplingParams(max_tokens=96, temperature=1.0),
 }
-DRAFTS = 8
 
 
 def answers(core: EngineCore, params: SamplingParams, batch: int) -> dict[str, list[int]]:
@@ -53,7 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="macaw-demo")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ridge", type=float)
+    parser.add_argument("--drafts", type=int, default=8)
+    parser.add_argument("--ridge", type=float, help="default: as measured")
     args = parser.parse_args()
     common = {
         "model": args.model,
@@ -62,7 +62,8 @@ def main() -> None:
         "max_model_len": 256,
     }
     off = EngineCore(EngineConfig(**common, speculative_tokens=0))
-    on = EngineCore(EngineConfig(**common, speculative_tokens=DRAFTS, speculative_ridge=args.ridge))
+    on = EngineCore(EngineConfig(**common, speculative_tokens=args.drafts, speculative_ridge=args.ridge))
+    print(f"{args.model}, at most {args.drafts} drafts, ridge {on.ridge:.1f}")
     print("output   batch  off tok/s   on tok/s  ratio (min - max)      accepted of drafts")
     for name, params in CASES.items():
         for batch in (1, 8):

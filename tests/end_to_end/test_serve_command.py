@@ -113,8 +113,31 @@ def test_sigterm_cancels_what_does_not_end_in_time() -> None:
         assert process.wait(60) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_while_loading_leaves_nothing_behind(number: signal.Signals) -> None:
+    with subprocess.Popen([*COMMAND, *FLAGS], stderr=subprocess.PIPE, text=True, preexec_fn=_signals) as process:
+        server = psutil.Process(process.pid)
+        while not (engines := [c for c in server.children() if "spawn_main" in " ".join(c.cmdline())]):
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.stderr is not None
+        words = process.stderr.read()  # to its end: nobody holds it open
+        assert process.wait() == -number
+        assert ("stopped while loading" in words) == (number != signal.SIGKILL), words
+        assert "Traceback" not in words
+        gone, alive = psutil.wait_procs(engines, timeout=60)
+        assert gone
+        assert not alive
+
+
+def _signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
+
 def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"}
+    return subprocess.run([*COMMAND, *flags], capture_output=True, text=True, timeout=120, env=env)
 
 
 @pytest.mark.slow
@@ -122,6 +145,7 @@ def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
     ("flags", "words"),
     [
         (["./nowhere"], "No folder ./nowhere"),
+        (["org/model"], "the hub at http://127.0.0.1:1 cannot be reached"),
         (["macaw-demo", "--kv-memory", "1KiB"], "fewer than the context"),
         (["macaw-demo", "--kv-memory", "lots"], "--kv-memory='lots'"),
         (["macaw-demo", "--max-model-len", "9000"], "over the 8,192"),

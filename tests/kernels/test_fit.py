@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from macaw_kernels import BACKENDS, HeadConfig, bench, best_backend, default_profile, fit
 from macaw_kernels.check import check_backends
 from macaw_kernels.devices import device_name
-from macaw_kernels.profiles import CPU_TORCH, gpu_profile, load_profile, profile_file, save_profile
+from macaw_kernels.profiles import CPU_TORCH, Fits, gpu_profile, load_profile, profile_file, save_fits
 
 CPU = torch.device("cpu")
 
@@ -29,8 +30,32 @@ def test_a_fitted_profile_is_the_default_from_then_on(monkeypatch: pytest.Monkey
     fitted = fit.fit_profile(CPU, torch.float32, HeadConfig(2, 1, 64, 64))
     assert fitted.num_points == 24
     assert fitted.profile.kv_element_ns > 0
-    assert default_profile(CPU, torch.float32) == fitted.profile
+    common = default_profile(CPU, torch.float32)
+    assert replace(common, name=fitted.profile.name) == fitted.profile
     assert default_profile(CPU, torch.bfloat16) == BACKENDS[backend].profile(CPU)
+
+
+def test_other_heads_add_to_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_device: object, _dtype: object, heads: HeadConfig, prefix: int, batch: int) -> list[fit._Point]:
+        """A device on which each element costs as many nanoseconds as there are query heads, and sharing 1 us."""
+        tokens, shares = float(prefix * batch * heads.kv_elements), float(batch)
+        return [fit._Point((1.0, tokens, shares, 0.0), 50.0 + heads.num_q_heads * tokens + 1000 * shares)]
+
+    monkeypatch.setattr(fit, "_measure", measure)
+    small, large, other = (HeadConfig(n, 2, 64, 64) for n in (2, 8, 4))
+    first = fit.fit_profile(CPU, torch.float32, small)
+    assert first.profile.kv_element_ns == pytest.approx(2)
+    assert first.profile.share_us == pytest.approx(1)
+    second = fit.fit_profile(CPU, torch.float32, large)
+    assert (second.path, second.num_points) == (first.path, 12)
+    assert default_profile(CPU, torch.float32, heads=small) == first.profile
+    assert default_profile(CPU, torch.float32, heads=large) == second.profile
+    common = default_profile(CPU, torch.float32, heads=other)
+    assert common == default_profile(CPU, torch.float32)
+    assert 2 < common.kv_element_ns < 8
+    again = fit.fit_profile(CPU, torch.float32, small)
+    assert again.profile == first.profile
+    assert default_profile(CPU, torch.float32, heads=large) == second.profile
 
 
 def test_least_squares_leaves_negative_coefficients_out() -> None:
@@ -42,9 +67,12 @@ def test_least_squares_leaves_negative_coefficients_out() -> None:
     assert clipped[2] == 0
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "x", "share_us": -1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"by_heads": [], "common": {}}', '{"by_heads": {}, "common": {"name": "x", "share_us": -1}}'],
+)
 def test_a_damaged_file_is_said_and_not_used(content: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = save_profile(CPU_TORCH, "a-device", "torch", torch.float32)
+    path = save_fits(Fits({}, CPU_TORCH), "a-device", "torch", torch.float32)
     assert load_profile("a-device", "torch", torch.float32) == CPU_TORCH
     path.write_text(content)
     assert load_profile("a-device", "torch", torch.float32) is None

@@ -21,8 +21,8 @@ if INTERPRETED:
     interpreter.install()
 
 from kernels.batches import Batch, Seq, forests, make_batch, sdpa
-from macaw_kernels import ALWAYS_SHARE, NEVER_SHARE, AttentionPlan, DeviceProfile, HeadConfig, Planner, attend
-from macaw_kernels.triton import backend
+from macaw_kernels import ALWAYS_SHARE, NEVER_SHARE, AttentionPlan, DeviceProfile, HeadConfig, Planner, attend, bench
+from macaw_kernels.triton import backend, tune
 from macaw_kernels.triton.buffers import PlanBuffers, num_sms
 from macaw_kernels.triton.configs import kernel_config
 from macaw_kernels.triton.layout import decode_capacity
@@ -144,6 +144,26 @@ def test_any_forest(
 ) -> None:
     batch = make_batch(sequences, HeadConfig(group_size, 1, 16, 16), page_size=8)
     check(batch, profile, window=window, soft_cap=soft_cap)
+
+
+def test_a_timer_runs_the_configuration_and_checks_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_LAYER_BYTES", 1)
+    case = bench.Case(HeadConfig(2, 1, 16, 16), ((1, 64), (3, 40)))
+    seen = []
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        seen.append(next(iter(args[3].cache.values())).config)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(tune, "attend", watched)
+    timer = tune.CaseTimer([case], DEVICE, torch.float32)
+    first = kernel_config(DEVICE, case.heads, torch.float32)
+    other = replace(first, narrow=replace(first.narrow, block_n=2 * first.narrow.block_n), min_split=128)
+    assert timer(first) == 1.0
+    assert 0 < timer(other) < torch.inf
+    assert set(seen) == {first, other}
+    monkeypatch.setattr(tune, "attend", lambda *args, **options: attend(*args, **options) + 1)
+    assert timer(other) == torch.inf, "its answer is not that of the first"
 
 
 # Plans in buffers of fixed size

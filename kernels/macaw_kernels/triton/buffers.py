@@ -42,12 +42,19 @@ class PlanBuffers:
         window: Of the layers; layers with another one need buffers of their own.
         device: Where the pages are.
         dtype: Of queries, keys and values.
+        config: How to launch; None is the device's `kernel_config`.
     """
 
     def __init__(
-        self, heads: HeadConfig, capacity: Capacity, window: int | None, device: torch.device, dtype: torch.dtype
+        self,
+        heads: HeadConfig,
+        capacity: Capacity,
+        window: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: KernelConfig | None = None,
     ) -> None:
-        self.config: KernelConfig = kernel_config(device, heads, dtype)
+        self.config: KernelConfig = config or kernel_config(device, heads, dtype)
         self.capacity = capacity
         self._window, self._device, self._dtype = window, device, dtype
         sizes = (
@@ -131,13 +138,19 @@ class PlanBuffers:
         self._last_tables, self._last_num_pages = plan.block_tables, num_pages
 
 
-def plan_buffers(plan: AttentionPlan, window: int | None, device: torch.device, dtype: torch.dtype) -> PlanBuffers:
-    """Return the buffers that hold the plan; made at its first layer unless they were loaded."""
+def plan_buffers(
+    plan: AttentionPlan,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: KernelConfig | None = None,
+) -> PlanBuffers:
+    """Return the buffers that hold the plan; made at its first layer, with this `config`, unless they were loaded."""
     if window is not None and window > plan.positions.max() and _key(window, device, dtype) not in plan.cache:
         window = None  # hides nothing
     buffers: PlanBuffers | None = plan.cache.get(_key(window, device, dtype))
     if buffers is None:
-        config = kernel_config(device, plan.head_config, dtype)
+        config = config or kernel_config(device, plan.head_config, dtype)
         layout = build_layout(plan, config, window, num_sms(device))
         capacity = Capacity(
             num_tokens=plan.num_tokens,
@@ -148,7 +161,7 @@ def plan_buffers(plan: AttentionPlan, window: int | None, device: torch.device, 
             batch=len(plan.context_lens),
             num_pages=int(-(-plan.context_lens.max() // plan.page_size)),
         )
-        buffers = PlanBuffers(plan.head_config, capacity, window, device, dtype)
+        buffers = PlanBuffers(plan.head_config, capacity, window, device, dtype, config)
         buffers._copy(plan, layout)
         plan.cache[_key(window, device, dtype)] = buffers
     return buffers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 
 from macaw_kernels.cpu.build import cache_dir
 from macaw_kernels.devices import device_name
+from macaw_kernels.profiles import write_json
 from macaw_kernels.types import HeadConfig
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,16 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def save_config(device: str, head_dim: int, dtype: torch.dtype, config: KernelConfig) -> Path:
+    """Write measured values to where `kernel_config` finds them, beside those of other head dims and dtypes."""
+    _measured.cache_clear()
+    kernel_config.cache_clear()
+    table = {**_measured(device), config_key(head_dim, dtype): config}
+    path = write_json(config_file(device), {key: asdict(entry) for key, entry in table.items()})
+    _measured.cache_clear()
+    return path
 
 
 @cache

@@ -84,6 +84,7 @@ class BatchContext:
         kv: The page tensors; None while the layers are being discovered.
         backend: Runs the attention; None is the best for these layers.
         seen: Filled on the way: the layers that called, and their shapes.
+        modules: Filled while the layers are being discovered: their modules.
     """
 
     plans: dict[HeadConfig, AttentionPlan] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class BatchContext:
     kv: PagedKV | None = None
     backend: str | None = None
     seen: dict[int, LayerSpec] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
 
 
 _local = threading.local()
@@ -161,6 +163,7 @@ def paged_attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     batch.seen[layer] = LayerSpec(heads, sliding_window or None, scale, softcap)
     if batch.kv is None or batch.slot_mapping is None:  # discovering the layers
+        batch.modules[layer] = module
         return query.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
 
     k_pages, v_pages = batch.kv.keys[layer], batch.kv.values[layer]

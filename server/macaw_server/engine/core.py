@@ -8,15 +8,25 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile, native_available
+from macaw_kernels import (
+    ALWAYS_SHARE,
+    CPU_TORCH,
+    NEVER_SHARE,
+    DeviceProfile,
+    HeadConfig,
+    default_profile,
+    native_available,
+)
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
+from macaw_server.engine.ridge import RidgeEstimate, measured
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
@@ -42,9 +52,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RIDGE = {"cpu": 8.0, "cuda": 128.0}
-"""`--speculative-ridge` by device."""
-
 
 class EngineCore:
     """One model on one device. Not thread-safe: whoever owns it calls it from one thread.
@@ -53,6 +60,9 @@ class EngineCore:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
         make_proposer: Makes what proposes a request's draft tokens.
+
+    Attributes:
+        info: What was loaded.
 
     Raises:
         StartupError: The model cannot be served; the message says why and what to do.
@@ -67,7 +77,7 @@ class EngineCore:
         device = choose_device(config.device)
         hf = loader.load_config(config)
         dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
-        profile = _profile(config, device, dtype)
+        profile = partial(_profile, config, device, dtype)
         model = loader.load_model(config, hf, device, dtype, on_loading)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
@@ -105,6 +115,10 @@ class EngineCore:
             backend=prepared.backend,
             eos_token_ids=loader.eos_token_ids(config, model),
         )
+        self._ridge: RidgeEstimate | None = None
+        if config.speculative_tokens and config.speculative_ridge is None:
+            on_loading("measuring what a draft costs")
+            self._ridge = measured(self._runner, self.info)
         self._scheduler = self._new_scheduler()
         self._constrained = ConstrainedRequests(lambda: loader.load_tokenizer(config), self.info.vocab_size)
 
@@ -112,6 +126,11 @@ class EngineCore:
     def step_time(self) -> StepTimeModel:
         """What has been learned of how long steps take."""
         return self._step_time
+
+    @property
+    def ridge(self) -> float:
+        """Of speculation: given, or measured; without speculation it has no say."""
+        return self._ridge.ridge if self._ridge is not None else self._config.speculative_ridge or 1.0
 
     @property
     def has_work(self) -> bool:
@@ -159,6 +178,9 @@ class EngineCore:
         self._step_time.observe(features, 1000 * (end - begin))
         self._steps += 1
         self._forward_s += done - ready
+        if self._ridge is not None and all(chunk.length == 1 for chunk in batch.chunks):
+            self._ridge.observe(sum(chunk.num_samples for chunk in batch.chunks), done - ready)
+            self._scheduler.ridge = self._ridge.ridge
         self._overhead_s += end - done + ready - begin
         return refused + outputs
 
@@ -187,7 +209,7 @@ class EngineCore:
             max_model_len=self.info.max_model_len,
             max_draft_tokens=self._config.speculative_tokens,
             latency_slowdown=self._config.latency_slowdown,
-            ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
+            ridge=self.ridge,
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
@@ -279,10 +301,10 @@ def _native(config: EngineConfig, device: torch.device, hf: Any) -> bool:
     return config.native and device.type == "cpu" and covered and native_available()
 
 
-def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> DeviceProfile:
+def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype, heads: HeadConfig) -> DeviceProfile:
     """The attention planner's cost model for `--sharing`."""
     if config.sharing != "auto":
         return {"always": ALWAYS_SHARE, "never": NEVER_SHARE}[config.sharing]
     if device.type == "cpu" and not config.native:
         return CPU_TORCH
-    return default_profile(device, dtype)
+    return default_profile(device, dtype, heads=heads)

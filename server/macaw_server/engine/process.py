@@ -45,9 +45,12 @@ def _worker(config: EngineConfig, pipe: Connection) -> None:
         except (EOFError, OSError):
             os._exit(0)  # the server is gone, so nobody waits for this process
 
+    # Before the imports, which take seconds: a server that is killed meanwhile must not leave an engine behind that
+    # holds its standard error open.
+    threading.Thread(target=read, name="engine-inbox", daemon=True).start()
+
     from macaw_server.engine.core import EngineCore
 
-    threading.Thread(target=read, name="engine-inbox", daemon=True).start()
     try:
         core = EngineCore(config, lambda step: pipe.send(Loading(step)))
     except StartupError as e:
@@ -97,6 +100,12 @@ class EngineProcess(EngineHandle):
         if self._pipe is not None:
             self._pipe.close()
         self._answer_stats()
+
+    def kill(self) -> None:
+        """Stop the process for sure, without waiting for anything."""
+        self._status = "stopped"
+        if self._process is not None:
+            self._process.kill()
 
     async def stats(self) -> EngineStats:
         """The engine's counters since it was last started, and how often that was."""

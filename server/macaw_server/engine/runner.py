@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from macaw_kernels import DeviceProfile, Planner
+from macaw_kernels import DeviceProfile, HeadConfig, Planner
 from macaw_server.engine.attention import BatchContext, LayerSpec, PagedKV
 from macaw_server.engine.forward import ForwardPass
 
@@ -40,7 +41,7 @@ class ModelRunner:
         page_size: Tokens per page.
         dtype: Of K/V.
         device: Of the model.
-        profile: The attention planner's cost model.
+        profile: The attention planner's cost model, by heads.
         attention_backend: Runs the attention of transformers' modules; None is the best for their heads.
     """
 
@@ -53,7 +54,7 @@ class ModelRunner:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        profile: DeviceProfile,
+        profile: Callable[[HeadConfig], DeviceProfile],
         attention_backend: str | None = None,
     ) -> None:
         self._forward = forward
@@ -61,7 +62,7 @@ class ModelRunner:
         self._attention_backend = attention_backend
         self._kv = PagedKV(layers, num_pages, page_size, dtype, self._device)
         self._planners = {
-            heads: Planner(heads, profile, page_size) for heads in {spec.heads for spec in layers.values()}
+            heads: Planner(heads, profile(heads), page_size) for heads in {spec.heads for spec in layers.values()}
         }
 
     @torch.inference_mode()

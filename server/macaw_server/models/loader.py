@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from macaw_server.config import EngineConfig
 from macaw_server.errors import ConfigError, ModelLoadError
+from macaw_server.models import hub
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,10 @@ Progress = Callable[[str], None]
 
 
 def resolve(config: EngineConfig) -> str:
-    """The folder or hub name that holds `config.model`.
+    """The folder or hub name that holds `config.model`; the cached folder where the hub cannot be reached.
 
     Raises:
-        ModelLoadError: A path that does not exist, or a folder without a model in it.
+        ModelLoadError: A path that does not exist, a folder without a model in it, or a hub that cannot be reached.
     """
     if config.model == DEMO_MODEL:
         return str(DEMO_FOLDER)
@@ -41,7 +42,11 @@ def resolve(config: EngineConfig) -> str:
         raise ModelLoadError(
             f"No folder {config.model}. Give an existing folder, a hub name (org/model), or {DEMO_MODEL}."
         )
-    return config.model
+    cached = hub.snapshot(config.model, config.revision)
+    if cached is None:
+        return config.model
+    _check_folder(cached, config.load_format)
+    return str(cached)
 
 
 def _check_folder(path: Path, load_format: str) -> None:

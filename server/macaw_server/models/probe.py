@@ -2,7 +2,8 @@
 
 transformers lets us replace a model's attention, but not every architecture goes through the replacement, and some do
 and still compute something else. So every model first answers the same short prompts twice, stock and paged; and a
-third time by the native decoder, where there is one.
+third time by the native decoder, where there is one. A model that routes tokens to experts, and whose logits differ in
+half precision, is compared layer by layer (`layerwise`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from macaw_kernels import DeviceProfile
+from macaw_kernels import DeviceProfile, HeadConfig
 from macaw_kernels.cpu.build import NativeBuildError
 from macaw_kernels.cpu.decoder import NativeDecoder
 from macaw_kernels.cpu.linear import WeightType
@@ -34,9 +35,12 @@ from macaw_server.engine.forward import ForwardPass, NativeForward, StockForward
 from macaw_server.engine.memory import fast_bfloat16
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.errors import ConfigError, ModelLoadError
+from macaw_server.models.layerwise import LayerTrace, Rows, routes
 from macaw_server.models.native import NotNativeError, free_weights, read_weights
 
 log = logging.getLogger(__name__)
+
+ProfileOf = Callable[[HeadConfig], DeviceProfile]
 
 # How far logits may be from stock ones, in standard deviations of the stock logits.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -60,15 +64,13 @@ class Prepared(NamedTuple):
     weight_bytes: int
 
 
-def prepare(
-    model: nn.Module, config: EngineConfig, profile: DeviceProfile, max_model_len: Callable[[], int]
-) -> Prepared:
+def prepare(model: nn.Module, config: EngineConfig, profile: ProfileOf, max_model_len: Callable[[], int]) -> Prepared:
     """Switch `model` to paged attention, and to the native decoder where there is one, checking its answers.
 
     Args:
         model: In eval mode with transformers' eager attention.
         config: What is to be served.
-        profile: The attention planner's cost model.
+        profile: The attention planner's cost model, by heads.
         max_model_len: Says beyond which length no context will go; asked only for models that are supported.
 
     Raises:
@@ -82,15 +84,23 @@ def prepare(
         stock = [_stock_logits(model, prompt) for prompt in prompts]
         forward = StockForward(model)
         attention_backend = None if config.native else "torch"
+        tolerance = _TOLERANCE[next(model.parameters()).dtype]
         try:
-            layers = _discover(model)
+            batch = _discover(model)
+            layers = batch.seen
             error = _error(_paged_logits(model, forward, layers, prompts, profile, attention_backend), stock)
+            if not error <= tolerance:
+                reason = f"on a probe its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})"
+                if tolerance == _TOLERANCE[torch.float32] or not routes(hf):
+                    raise UnsupportedAttentionError(reason)
+                _check_layers(model, forward, batch, prompts, profile, attention_backend, tolerance)
+                log.info(
+                    "%s is accepted layer by layer: %s, as rounding changes which experts are chosen",
+                    config.model,
+                    reason,
+                )
         except UnsupportedAttentionError as e:
             raise _refusal(model, config.model, str(e)) from e
-        tolerance = _TOLERANCE[next(model.parameters()).dtype]
-        if not error <= tolerance:
-            reason = f"on a probe its logits are off by {error:.2g} standard deviations (accepted: {tolerance:g})"
-            raise _refusal(model, config.model, reason)
         try:
             decoder = _native(model, config, layers, max(max_model_len(), *map(len, prompts)))
             error = _error(_paged_logits(model, NativeForward(decoder), layers, prompts, profile), stock)
@@ -177,7 +187,7 @@ def _stock_logits(model: nn.Module, prompt: list[int]) -> Tensor:
     return logits[0, -1].float()
 
 
-def _discover(model: nn.Module) -> dict[int, LayerSpec]:
+def _discover(model: nn.Module) -> BatchContext:
     """Run two tokens through the model to see which layers call the paged attention, and with which shapes."""
     config: Any = model.config
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
@@ -193,7 +203,39 @@ def _discover(model: nn.Module) -> dict[int, LayerSpec]:
         raise UnsupportedAttentionError(
             f"{len(batch.seen)} of its {expected} layers go through the replaceable attention"
         )
-    return batch.seen
+    return batch
+
+
+def _check_layers(
+    model: Any,
+    forward: ForwardPass,
+    seen: BatchContext,
+    prompts: list[list[int]],
+    profile: ProfileOf,
+    attention_backend: str | None,
+    tolerance: float,
+) -> None:
+    """Compare stock and paged layers given the same inputs: see `layerwise`.
+
+    Raises:
+        UnsupportedAttentionError: They differ by more than rounding.
+    """
+    trace = LayerTrace(model, seen.modules)
+    model.set_attn_implementation("eager")
+    try:
+        for i, prompt in enumerate(prompts):
+            with trace.record([(i, position) for position in range(len(prompt))]):
+                _stock_logits(model, prompt)
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    _paged_logits(model, forward, seen.seen, prompts, profile, attention_backend, trace.compare)
+    found = trace.difference()
+    for what, error in (("attention", found.attention), ("decoder", found.rest)):
+        if not error <= tolerance:
+            raise UnsupportedAttentionError(
+                f"on a probe one of its {what} layers is off by {error:.2g} standard deviations "
+                f"(accepted: {tolerance:g})"
+            )
 
 
 def _paged_logits(
@@ -201,10 +243,14 @@ def _paged_logits(
     forward: ForwardPass,
     layers: dict[int, LayerSpec],
     prompts: list[list[int]],
-    profile: DeviceProfile,
+    profile: ProfileOf,
     attention_backend: str | None = None,
+    around: Callable[[Rows], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> list[Tensor]:
-    """The same prompts as one ragged batch: chunked, with a shared prefix, and with a decode step at the end."""
+    """The same prompts as one ragged batch: chunked, with a shared prefix, and with a decode step at the end.
+
+    Each step runs within ``around(its rows)``.
+    """
     parameter = next(model.parameters())
     runner = ModelRunner(
         forward,
@@ -216,14 +262,19 @@ def _paged_logits(
         profile=profile,
         attention_backend=attention_backend,
     )
-    first, second, third = prompts
     tables = [[5, 2, 7], [5, 2, 1], [4, 0]]
-    runner.run([Chunk(first[:20], 0, tables[0], False), Chunk(third[:-1], 0, tables[2], False)])
-    logits = runner.run(
-        [
-            Chunk(first[20:], 20, tables[0], True),
-            Chunk(second[32:], 32, tables[1], True),
-            Chunk(third[-1:], len(third) - 1, tables[2], True),
+
+    def run(*parts: tuple[int, int, int | None], sample: bool) -> Tensor:
+        """A step of `prompts[i][start:stop]` each."""
+        chunks = [Chunk(prompts[i][start:stop], start, tables[i], sample) for i, start, stop in parts]
+        rows = [
+            (i, start + j)
+            for (i, start, _), chunk in zip(parts, chunks, strict=True)
+            for j in range(len(chunk.token_ids))
         ]
-    )
-    return list(logits)
+        with around(rows):
+            return runner.run(chunks)
+
+    last = len(prompts[2]) - 1
+    run((0, 0, 20), (2, 0, last), sample=False)
+    return list(run((0, 20, None), (1, 32, None), (2, last, None), sample=True))

@@ -13,7 +13,7 @@ from macaw_server.kvcache import Blocked, KVCache
 from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.policy import Policy, make_policy
-from macaw_server.scheduler.speculation import Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
+from macaw_server.scheduler.speculation import NO_GUESS, Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
 from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
 from macaw_server.scheduler.types import (
     ScheduledBatch,
@@ -57,6 +57,9 @@ class Scheduler:
         policy: Default: ``app``.
         make_proposer: Makes what proposes a request's draft tokens.
         step_time: Predicts how long a step takes; the caller lets it observe them.
+
+    Attributes:
+        ridge: At first that of the configuration; whoever measures steps may set it between them.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Scheduler:
         self.config = config
         self.kv_cache = kv_cache
         self.policy = policy or make_policy()
+        self.ridge = config.ridge
         self._make_proposer = make_proposer
         self._step_time = step_time or StepTimeModel()
         self._max_len = min(config.max_model_len, kv_cache.num_pages * kv_cache.page_size)
@@ -316,14 +320,20 @@ class Scheduler:
 
     def _speculate(self, batch: ScheduledBatch) -> None:
         """Add drafts to the chunks that decode, where they pay."""
-        decodes = [(i, c) for i, c in enumerate(batch.chunks) if c.samples and c.length == 1]
+        drafted, guesses = [], []
+        for i, chunk in enumerate(batch.chunks):
+            if chunk.samples and chunk.length == 1 and (guess := self._guess(chunk.sequence)).token_ids:
+                drafted.append((i, chunk))
+                guesses.append(guess)
+        if not guesses:
+            return
         lengths = draft_lengths(
-            guesses := [self._guess(chunk.sequence) for _, chunk in decodes],
+            guesses,
             num_sampled=sum(chunk.samples for chunk in batch.chunks),
-            ridge=self.config.ridge,
+            ridge=self.ridge,
             budget=self.config.max_num_batched_tokens - batch.num_tokens,
         )
-        for (i, chunk), guess, length in zip(decodes, guesses, lengths, strict=True):
+        for (i, chunk), guess, length in zip(drafted, guesses, lengths, strict=True):
             if length:
                 room = self.kv_cache.lend(chunk.sequence.pages, length, reserve=len(self._running))
                 batch.chunks[i] = chunk._replace(drafts=tuple(guess.token_ids[:room]))
@@ -333,11 +343,14 @@ class Scheduler:
 
         Such a token needs no draft: the row before it samples it anyway, and no row follows.
         """
+        drafter = sequence.drafter
+        if drafter is None:
+            drafter = sequence.drafter = Drafter(self._make_proposer(sequence.request))
+        elif len(sequence.token_ids) < drafter.resumes_at:
+            return NO_GUESS
         sampling = sequence.request.sampling
-        if sequence.drafter is None:
-            sequence.drafter = Drafter(self._make_proposer(sequence.request))
         left = min(sampling.max_tokens - sequence.num_outputs, self._max_len - len(sequence.token_ids))
-        guess = sequence.drafter.guess(sequence.token_ids, min(self.config.max_draft_tokens, left - 1))
+        guess = drafter.guess(sequence.token_ids, min(self.config.max_draft_tokens, left - 1))
         stop = next((i for i, token in enumerate(guess.token_ids) if token in sampling.stop_token_ids), None)
         return guess._replace(token_ids=guess.token_ids[:stop])
 

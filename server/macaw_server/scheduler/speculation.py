@@ -42,33 +42,51 @@ class Guess(NamedTuple):
     acceptance: float
 
 
+NO_GUESS = Guess([], 0.0)
+
+
 class Drafter:
     """A proposer and its record on one sequence.
 
     Every guess is held against the tokens that came, whether or not it was run: so a proposer that is not trusted
-    earns trust at no cost, and nothing is ever run just to try.
+    earns trust at no cost, and nothing is ever run just to try. While it has nothing to say or is wrong it is asked
+    ever more rarely, and after one token that it foresaw in every step again.
+
+    Attributes:
+        resumes_at: It makes no guess before the sequence has so many tokens.
     """
 
-    __slots__ = ("_acceptance", "_guess", "_position", "_proposer")
+    __slots__ = ("_acceptance", "_guess", "_position", "_proposer", "_rest", "resumes_at")
 
     PRIOR = 0.25
     WEIGHT = 0.2
     """Of the newest observation in the running mean: a dozen tokens tell copying from writing."""
+    MAX_REST = 8
+    """Steps between two questions at most: what a copy may be noticed too late."""
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
         self._acceptance = self.PRIOR
         self._guess: list[int] = []
         self._position = 0
+        self._rest = 1
+        self.resumes_at = 0
 
     def guess(self, token_ids: list[int], limit: int) -> Guess:
-        """Take note of what came since the last guess, and make the next."""
+        """Take note of what came since the last guess, and make the next, unless it is too early for one."""
+        end = len(token_ids)
+        if end < self.resumes_at:
+            return NO_GUESS
+        hits = 0
         for guessed, token in zip(self._guess, token_ids[self._position :], strict=False):
             self._acceptance += self.WEIGHT * ((guessed == token) - self._acceptance)
             if guessed != token:
                 break
+            hits += 1
         self._guess = self._proposer.propose(token_ids, limit)[:limit]
-        self._position = len(token_ids)
+        self._position = end
+        self._rest = 1 if hits else min(2 * self._rest, self.MAX_REST)
+        self.resumes_at = end + self._rest
         return Guess(self._guess, self._acceptance)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from macaw_kernels.cpu.decoder import DecoderWeights
 from macaw_server.config import EngineConfig
+from macaw_server.engine import attention
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.memory import choose_device, choose_dtype
 from macaw_server.errors import ConfigError, MemoryBudgetError, ModelLoadError
@@ -68,12 +69,64 @@ def test_models_that_would_answer_wrongly_are_refused(
 
 
 def test_a_model_whose_paged_logits_differ_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from macaw_server.engine import attention
-
     real = attention.attend
     monkeypatch.setattr(attention, "attend", lambda *args, **kw: real(*args, **{**kw, "scale": 0.2}))
     with pytest.raises(ModelLoadError, match=r"logits are off by .* standard deviations"):
         load(llama)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "olmoe"])
+def test_a_router_that_rounding_flips_is_no_reason_to_refuse(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    save_model(tmp_path, model_type)
+    config = EngineConfig(model=str(tmp_path), dtype="bfloat16")
+    assert EngineCore(config).info.dtype == "bfloat16"
+    assert "accepted layer by layer" in caplog.text, "its logits are within rounding: this tests nothing"
+
+    real = attention.attend
+
+    def last_row_off(*args: Any, **options: Any) -> torch.Tensor:
+        out = real(*args, **options)
+        out[-1] += out.std()
+        return out
+
+    for broken in (
+        lambda *args, **options: real(*args, **{**options, "scale": 1.2 * options["scale"]}),
+        lambda *args, **options: real(*args, **{**options, "window": 5}),
+        last_row_off,
+    ):
+        monkeypatch.setattr(attention, "attend", broken)
+        with pytest.raises(ModelLoadError, match="one of its attention layers is off by"):
+            EngineCore(config)
+
+
+def test_wrong_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the attention may differ where a router flips, not everywhere."""
+    save_model(tmp_path, "mixtral")
+    real = probe._check_layers
+
+    def spoilt(model: Any, *args: Any) -> None:
+        paged = model.set_attn_implementation
+
+        def switch(name: str) -> None:
+            paged(name)
+            if name == attention.ATTENTION_NAME:
+                model.model.layers[2].mlp.forward = torch.zeros_like
+
+        monkeypatch.setattr(model, "set_attn_implementation", switch)
+        real(model, *args)
+
+    monkeypatch.setattr(probe, "_check_layers", spoilt)
+    with pytest.raises(ModelLoadError, match="one of its decoder layers is off by"):
+        EngineCore(EngineConfig(model=str(tmp_path), dtype="bfloat16"))
+
+
+def test_a_model_without_a_router_has_no_second_chance(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_error", lambda *_: 0.2)
+    with pytest.raises(ModelLoadError, match="its logits are off by"):
+        EngineCore(EngineConfig(model=str(llama), dtype="bfloat16"))
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
