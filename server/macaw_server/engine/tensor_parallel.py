@@ -13,9 +13,11 @@ import os
 import pickle
 import socket
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,9 @@ from macaw_server.engine.memory import PoolSize, choose_device
 from macaw_server.engine.ranks import Seat
 from macaw_server.engine.runner import Chunk
 from macaw_server.errors import ConfigError
+
+if TYPE_CHECKING:  # torch.distributed has it too, but not for mypy; a torch without ranks has none
+    from torch._C._distributed_c10d import TCPStore
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +78,11 @@ class TensorParallel:
 
     def lead(self, runner: Runner) -> Runner:
         """The runner of rank 0, whose steps all ranks run."""
-        return _LeadingRunner(runner, self._seat)
+        return LeadingRunner(runner, self._seat)
 
     def follow(self, runner: Runner) -> None:
         """Run rank 0's steps until it has left."""
-        (leader,) = self._seat.links
-        while True:
-            try:
-                step = leader.recv_bytes()
-            except (EOFError, OSError):
-                return
-            runner.run(pickle.loads(step))
+        follow(runner, self._seat)
 
     def leave(self) -> None:
         """Tell the others that there are no more steps."""
@@ -110,14 +109,16 @@ class TensorParallel:
             device_id=self.device if self.device.type == "cuda" else None,
         )
 
-    def _store(self) -> dist.TCPStore:
+    def _store(self) -> TCPStore:
         """Where ranks find each other: rank 0 serves it on a free port, which it tells the others."""
+        from torch._C._distributed_c10d import TCPStore
+
         if not self.leads:
             (leader,) = self._seat.links
-            return dist.TCPStore("127.0.0.1", leader.recv(), self.size, timeout=_TIMEOUT)
+            return TCPStore("127.0.0.1", leader.recv(), self.size, timeout=_TIMEOUT)
         listener = socket.create_server(("127.0.0.1", 0))  # left to itself, the store listens on all addresses
         port = listener.getsockname()[1]
-        store = dist.TCPStore(
+        store = TCPStore(
             "127.0.0.1",
             port,
             self.size,
@@ -153,20 +154,49 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
-class _LeadingRunner:
-    """Runs a step here and, at the same time, on all other ranks."""
+class LeadingRunner:
+    """Runs a step here and, at the same time, on all other ranks.
+
+    Args:
+        runner: Of this rank.
+        seat: Of rank 0.
+    """
 
     def __init__(self, runner: Runner, seat: Seat) -> None:
         self._runner = runner
         self._links = seat.links
 
     def run(self, chunks: Seq[Chunk]) -> Tensor:
-        """See `ModelRunner`. An error ends this process: nobody knows where in the step the others stand."""
-        try:
+        """See `ModelRunner`. An error ends this process."""
+        with _to_the_end(0):
             step = pickle.dumps(chunks, protocol=pickle.HIGHEST_PROTOCOL)
             for link in self._links:
                 link.send_bytes(step)
             return self._runner.run(chunks)
-        except Exception:
-            log.exception("a step of %d sequences failed on rank 0; the engine has to start again", len(chunks))
-            os._exit(1)
+
+
+def follow(runner: Runner, seat: Seat) -> None:
+    """Run rank 0's steps until it has left; an error in a step ends this process.
+
+    Args:
+        runner: Of this rank.
+        seat: Of another rank than 0.
+    """
+    (leader,) = seat.links
+    while True:
+        try:
+            step = leader.recv_bytes()
+        except (EOFError, OSError):
+            return
+        with _to_the_end(seat.rank):
+            runner.run(pickle.loads(step))
+
+
+@contextmanager
+def _to_the_end(rank: int) -> Iterator[None]:
+    """A step that fails on one rank ends the engine: nobody knows where in it the others stand."""
+    try:
+        yield
+    except Exception:
+        log.exception("a step failed on rank %d; the engine has to start again", rank)
+        os._exit(1)  # not by an exception: threads of the process group may keep an interpreter from its end

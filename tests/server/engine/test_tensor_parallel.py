@@ -18,7 +18,7 @@ from macaw_kernels import CPU_TORCH
 from macaw_server.config import EngineConfig
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.ranks import Seat
-from macaw_server.engine.tensor_parallel import TensorParallel, rank_device
+from macaw_server.engine.tensor_parallel import LeadingRunner, TensorParallel, follow, rank_device
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import EngineRequest, EngineStats, SamplingParams
 from macaw_server.errors import ConfigError, StartupError
@@ -59,7 +59,9 @@ async def run(
     return {request.request_id: collector.tokens(request.request_id) for request in requests}, stats
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(m, marks=pytest.mark.slow) for m in ("qwen2", "qwen3_moe"))]
+)
 async def test_two_ranks_answer_as_one(model_type: str, tmp_path: Path) -> None:
     save_model(tmp_path, model_type)
     greedy = SamplingParams(max_tokens=24, temperature=0)
@@ -188,6 +190,31 @@ def test_ranks_agree_on_the_smallest_pool() -> None:
     for thread in threads:
         thread.join()
     assert agreed == [(30, 480)] * 3
+
+
+class _Broken:
+    def run(self, chunks: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+
+def _run_broken_steps(seat: Seat) -> None:
+    if seat.rank == 0:
+        LeadingRunner(_Broken(), seat).run([])
+    else:
+        follow(_Broken(), seat)
+
+
+def test_a_step_that_fails_ends_its_rank() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    a, b = spawn.Pipe()
+    processes = [
+        spawn.Process(target=_run_broken_steps, args=(seat,), daemon=True) for seat in (Seat(0, (a,)), Seat(1, (b,)))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 1
 
 
 def _logits_of_ranks(seat: Seat, folders: Seq[Path], answers: Any) -> None:
