@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,22 @@ def save_model(folder: Path, model_type: str, seed: int = 0, **overrides: Any) -
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
+
+
+def prompts() -> list[list[int]]:
+    """Shared prefixes on two levels, a prompt that is a prefix of another, lone ones, and one of a single token."""
+    rng = random.Random(7)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(4, VOCAB_SIZE) for _ in range(n)]
+
+    root, left = ids(32), ids(17)
+    return [
+        root + left + ids(5),
+        root + left + ids(9),
+        root + ids(3),
+        root + left,
+        ids(41),
+        ids(1),
+        root + left + ids(2),
+    ]

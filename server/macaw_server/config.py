@@ -45,6 +45,12 @@ class EngineConfig(BaseModel):
         description="auto: read the weights. dummy: random weights of the real shape, for benchmarks.",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks that share the model: each is a process with a part of the weights and KV heads, on a GPU "
+        "of its own or a share of the CPU.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="auto: bfloat16 where it is fast (GPUs, native CPU kernels, CPUs with bfloat16), else float32.",
@@ -53,7 +59,8 @@ class EngineConfig(BaseModel):
         default=None, description="Prompt plus output, in tokens; default: what the model was made for."
     )
     kv_memory: Bytes | None = Field(
-        default=None, description="Memory for the KV pages, such as 4GiB; default: a share of what is free."
+        default=None,
+        description="Memory for the KV pages of each rank, such as 4GiB; default: a share of what is free.",
     )
     page_size: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] = Field(
         default=16, description="Tokens per KV page."

@@ -198,10 +198,13 @@ class _Stopper:
 def _announce(config: ServerConfig, engine: Engine, sock: socket.socket, console: Console, seconds: float) -> None:
     info = engine.info
     pool_bytes = info.num_pages * info.page_bytes
+    where, each = info.device, ""
+    if config.tensor_parallel_size > 1:
+        where, each = f"{config.tensor_parallel_size} ranks of {info.device.partition(':')[0]}", " on each"
     facts: dict[str, Any] = {
-        "model": f"{config.model_name} ({info.weight_bytes / 1e6:,.0f} MB of weights, {info.dtype} on {info.device})",
+        "model": f"{config.model_name} ({info.weight_bytes / 1e6:,.0f} MB of weights, {info.dtype} on {where})",
         "context": f"{info.max_model_len:,} tokens",
-        "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {pool_bytes / 2**20:,.0f} MiB",
+        "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {pool_bytes / 2**20:,.0f} MiB{each}",
         "API keys": len(config.api_key) or "none: everybody who reaches the port is served",
         "ready in": f"{seconds:.1f} s",
     }

@@ -29,7 +29,9 @@ from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.ridge import RidgeEstimate, measured
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
+from macaw_server.engine.tensor_parallel import Runner, TensorParallel
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from macaw_server.errors import ConfigError
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.native import FAMILIES
@@ -60,6 +62,7 @@ class EngineCore:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
         make_proposer: Makes what proposes a request's draft tokens.
+        ranks: This process's part, where the engine has several ranks.
 
     Attributes:
         info: What was loaded.
@@ -73,8 +76,14 @@ class EngineCore:
         config: EngineConfig,
         on_loading: Callable[[str], None] = lambda _: None,
         make_proposer: ProposerFactory = prompt_lookup,
+        ranks: TensorParallel | None = None,
     ) -> None:
-        device = choose_device(config.device)
+        if config.tensor_parallel_size > 1 and ranks is None:
+            raise ConfigError(
+                f"--tensor-parallel-size {config.tensor_parallel_size} needs an engine in processes of its own, as "
+                "`macaw serve` has it; an engine in a thread has one rank."
+            )
+        device = choose_device(config.device) if ranks is None else ranks.device
         hf = loader.load_config(config)
         dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
         profile = partial(_profile, config, device, dtype)
@@ -82,13 +91,16 @@ class EngineCore:
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
             # Below this size the threads' meeting points cost more than a second thread brings.
-            torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1))
+            num_cores = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
+            torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else num_cores))
         on_loading("checking the model's attention against transformers")
         prepared = prepare(model, config, profile, lambda: loader.max_model_len(config, hf))
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in prepared.layers.values())
         pool = size_pool(config, page_bytes=page_bytes, max_model_len=loader.max_model_len(config, hf), device=device)
+        if ranks is not None:
+            pool = ranks.smallest(pool)
         on_loading(f"allocating {pool.num_pages:,} KV pages")
-        self._runner = ModelRunner(
+        self._runner: Runner = ModelRunner(
             prepared.forward,
             prepared.layers,
             num_pages=pool.num_pages,
@@ -121,6 +133,14 @@ class EngineCore:
             self._ridge = measured(self._runner, self.info)
         self._scheduler = self._new_scheduler()
         self._constrained = ConstrainedRequests(lambda: loader.load_tokenizer(config), self.info.vocab_size)
+        self._ranks = ranks
+        if ranks is not None and ranks.leads:
+            self._runner = ranks.lead(self._runner)
+
+    def follow(self) -> None:
+        """Run the steps of rank 0 until that leaves; what any other rank does instead of steps of its own."""
+        assert self._ranks is not None
+        self._ranks.follow(self._runner)
 
     @property
     def step_time(self) -> StepTimeModel:
@@ -298,7 +318,8 @@ def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:
 def _native(config: EngineConfig, device: torch.device, hf: Any) -> bool:
     """Whether the native CPU decoder is likely to run the model; loading tells for sure."""
     covered = hf.get_text_config().model_type in FAMILIES
-    return config.native and device.type == "cpu" and covered and native_available()
+    alone = config.tensor_parallel_size == 1
+    return config.native and alone and device.type == "cpu" and covered and native_available()
 
 
 def _profile(config: EngineConfig, device: torch.device, dtype: torch.dtype, heads: HeadConfig) -> DeviceProfile:

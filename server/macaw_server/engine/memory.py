@@ -90,7 +90,8 @@ def size_pool(config: EngineConfig, *, page_bytes: int, max_model_len: int, devi
     Raises:
         MemoryBudgetError: The pool is over the free memory, or holds less than the context that was asked for.
     """
-    free = free_memory(device)
+    # Ranks on the CPU share its memory; a GPU has one rank.
+    free = free_memory(device) // (config.tensor_parallel_size if device.type == "cpu" else 1)
     context_pages = -(-max_model_len // config.page_size)
     if config.kv_memory is None:
         share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE

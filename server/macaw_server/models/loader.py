@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from macaw_server.config import EngineConfig
 from macaw_server.errors import ConfigError, ModelLoadError
 from macaw_server.models import hub
+from macaw_server.models.sharding import shard, sharding
 
 if TYPE_CHECKING:
     import torch
@@ -133,22 +134,26 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase:
 def load_model(
     config: EngineConfig, hf: Any, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> nn.Module:
-    """The model in eval mode, with transformers' own (eager) attention for now.
+    """The model in eval mode, with transformers' own (eager) attention for now; of several ranks, this one's shard.
 
     Raises:
         ModelLoadError: The weights cannot be read, or do not cover the model.
+        ConfigError: The model cannot be spread over the ranks.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # `progress` tells the same
+    distributed = sharding(config, hf)
     if config.load_format == "dummy" or config.model == DEMO_MODEL:
         progress(f"making random weights for {config.model}")
         # The caller's random state is none of our business.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager")
+        if distributed:
+            return shard(model, distributed).eval()
         return model.to(device).eval()  # type: ignore[no-any-return]
     files = [f for pattern in ("*.safetensors", "*.bin") for f in Path(resolve(config)).glob(pattern)]
     size = f" ({sum(f.stat().st_size for f in files) / 1e9:.1f} GB)" if files else ""
@@ -161,6 +166,7 @@ def load_model(
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
+            **distributed,
         )
     except Exception as e:
         raise _cannot_read(config, e) from e
@@ -170,7 +176,7 @@ def load_model(
             f"{config.model} is incomplete: {len(missing)} weights of {type(model).__name__} are not in its files, "
             f"such as {', '.join(missing[:3])}. Download the model again."
         )
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    return (model if distributed else model.to(device)).eval()  # type: ignore[no-any-return]
 
 
 def context_limit(hf: Any) -> int | None:

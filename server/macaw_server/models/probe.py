@@ -130,6 +130,8 @@ def _native(model: nn.Module, config: EngineConfig, layers: dict[int, LayerSpec]
     """The model with its weights packed."""
     if not config.native:
         raise NotNativeError("native kernels are switched off")
+    if config.tensor_parallel_size > 1:
+        raise NotNativeError(f"its weights are spread over {config.tensor_parallel_size} ranks")
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
         raise NotNativeError(f"it is on {parameter.device}")
@@ -147,7 +149,8 @@ def _quick_products(model: nn.Module) -> Iterator[None]:
     """Have linear layers computed in float32 where the CPU's own half precision would take minutes."""
     parameter = next(model.parameters())
     slow = parameter.device.type == "cpu" and parameter.dtype != torch.float32 and not fast_bfloat16()
-    linears = [module for module in model.modules() if slow and type(module) is nn.Linear]
+    # A sharded layer has a forward of its own, in which ranks meet.
+    linears = [m for m in model.modules() if slow and type(m) is nn.Linear and "forward" not in vars(m)]
     for module in linears:
         module.forward = partial(_float_linear, module)  # type: ignore[method-assign]
     try:

@@ -20,28 +20,9 @@ from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
 from macaw_server.engine.types import EngineRequest, SamplingParams
 from macaw_server.models.native import FAMILIES
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, save_model
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, prompts, save_model
 
 NUM_OUTPUT = 16
-
-
-def prompts() -> list[list[int]]:
-    """Shared prefixes on two levels, a prompt that is a prefix of another, lone ones, and one of a single token."""
-    rng = random.Random(7)
-
-    def ids(n: int) -> list[int]:
-        return [rng.randrange(4, VOCAB_SIZE) for _ in range(n)]
-
-    root, left = ids(32), ids(17)
-    return [
-        root + left + ids(5),
-        root + left + ids(9),
-        root + ids(3),
-        root + left,
-        ids(41),
-        ids(1),
-        root + left + ids(2),
-    ]
 
 
 def expected(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
