@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from macaw.functions.function import Function, Input, Sampling
+from macaw.functions.function import Function, Input
 from macaw.functions.function import Output as _Output
 from macaw.functions.native import NativeFunction
 from macaw.functions.session import Session
@@ -38,28 +38,29 @@ def standard_formatter(text: str) -> str:
 
 
 class SamplingConfig(dict[str, Any]):
-    """Parrot's sampling fields, as OpenAI's."""
+    """Parrot's sampling fields and defaults, as OpenAI's."""
 
     def __init__(
         self,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
         max_gen_length: int = 512,
         ignore_tokenizer_eos: bool = False,
+        stop_token_ids: Sequence[int] = (),
         stop_str: str | list[str] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
     ) -> None:
         super().__init__(
             temperature=temperature,
             top_p=top_p,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
             max_tokens=max_gen_length,
             ignore_eos=ignore_tokenizer_eos,
+            stop_token_ids=list(stop_token_ids),
+            stop=stop_str,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
         )
-        if stop_str is not None:
-            self["stop"] = stop_str
 
 
 class Output(_Output):
@@ -79,7 +80,7 @@ def semantic_function(
     """`macaw.function` with Parrot's arguments: a text completion, formatted by `formatter`."""
     if len(models) > 1:
         raise ValueError(f"models={list(models)!r}: name at most one; a Macaw server places the call itself.")
-    options: Sampling = {"model": models[0]} if models else {}
+    options: dict[str, Any] = {**SamplingConfig(), **({"model": models[0]} if models else {})}
 
     def make(f: Callable[..., Any]) -> Function:
         return Function(f, chat=False, clean=formatter or (lambda text: text), **options)

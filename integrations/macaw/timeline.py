@@ -11,7 +11,7 @@ from macaw.protocol import CallState, ProgramState
 _QUEUED, _PREFILL, _DECODE = "·", "▒", "█"
 _ROW, _LABEL_X, _BARS_WIDTH, _CHARACTER = 24, 16, 560, 7.4
 _STYLE = """
-.page{fill:#ffffff;stroke:#d0d7de}text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328}
+.page{fill:#ffffff;stroke:#d0d7de}text{font-size:12px;font-family:Menlo,Consolas,monospace;fill:#1f2328}
 .note{fill:#59636e}.line{stroke:#d0d7de}.queued{fill:#d0d7de}.prefill{fill:#d4a72c}.decode{fill:#0969da}
 .failed{fill:#cf222e}.critical{font-weight:bold}
 @media (prefers-color-scheme:dark){.page{fill:#0d1117;stroke:#3d444d}text{fill:#f0f6fc}.note{fill:#b1bac4}
@@ -66,7 +66,7 @@ def render_timeline_svg(state: ProgramState) -> str:
     scale = _BARS_WIDTH / end
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
-        f'height="{height}" style="max-width:100%;height:auto" role="img">',
+        f'height="{height}" style="max-width:100%" role="img">',
         f"<style>{_STYLE}</style>",
         f'<rect class="page" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="8"/>',
         f'<text class="note" x="{left:.1f}" y="20">0 ms</text>',

@@ -13,7 +13,7 @@ SWEEPS = 8
 
 STYLE = """
 .page{fill:#ffffff;stroke:#d0d7de}.edge{fill:none;stroke:#8c959f;stroke-width:1.5}.head{fill:#8c959f}
-text{font:13px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328}.note{font-size:11px;fill:#59636e}
+text{font-size:13px;font-family:Menlo,Consolas,monospace;fill:#1f2328}.note{font-size:11px;fill:#59636e}
 .call{fill:#ddf4ff;stroke:#0969da}.step{fill:#fff8c5;stroke:#9a6700}.variable{fill:#f6f8fa;stroke:#8c959f}
 .box{stroke-width:1.5}.waiting{stroke-dasharray:5 3}.failed{fill:#ffebe9;stroke:#cf222e}.asked{stroke-width:3}
 @media (prefers-color-scheme:dark){
@@ -83,7 +83,7 @@ def svg(boxes: Sequence[Box]) -> str:
     width, height = right + MARGIN, bottom + MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" style="max-width:100%;height:auto" role="img">',
+        f'height="{height:.0f}" style="max-width:100%" role="img">',
         f"<style>{STYLE}</style>",
         f'<rect class="page" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="8"/>',
         *(_edge([places[i] for i in route], columns) for route in routes),
@@ -164,7 +164,8 @@ def _columns(places: Sequence[_Place]) -> list[float]:
 
 def _edge(route: Sequence[_Place], columns: Sequence[float]) -> str:
     points = [(columns[route[0].layer] + route[0].width, route[0].y)]
-    points += [(columns[place.layer], place.y) for place in route[1:-1]]
+    for place in route[1:-1]:  # straight through the layer, between its boxes
+        points += [(columns[place.layer], place.y), (columns[place.layer + 1] - COLUMN_GAP, place.y)]
     x, y = columns[route[-1].layer], route[-1].y
     points.append((x - 7, y))
     path = [f"M{points[0][0]:.1f},{points[0][1]:.1f}"]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,7 +81,7 @@ class LiveProgram:
 
     def fail_unfinished(self) -> None:
         """Nothing more will come for what has no outcome."""
-        for call in self.calls.values():
+        for call in reversed(self.calls.values()):  # consumers first, so that each has the error itself
             if not call.output.ready:
                 fail(call.output, located(call.output, self.error))
 
@@ -148,7 +148,7 @@ class Driver:
                 if not isinstance(error, MacawError):
                     log.exception("sending a program")
                     error = InternalServerError(f"A bug in macaw: {error!r}.")
-                for call in calls:
+                for call in reversed(calls):
                     fail(call.output, located(call.output, error))
 
     async def close(self, *, cancel: bool) -> None:
@@ -386,9 +386,9 @@ def _on_event(live: LiveProgram, event: AnyEvent) -> None:
             live.error = event.error.to_exception()
 
 
-def cancel_unfinished(nodes: Iterable[Node]) -> None:
-    """Fail what has no value when its session ends."""
-    for node in nodes:
+def cancel_unfinished(nodes: Sequence[Node]) -> None:
+    """Fail what has no value when its session ends; consumers first, so that each has the error itself."""
+    for node in reversed(nodes):
         for output in node.outputs:
             if not output.ready:
                 fail(output, CancelledError(f"{output.label} was not finished when its session ended."))

@@ -220,8 +220,8 @@ def _output_mark(annotation: Any, function: Callable[..., Any]) -> Output | None
                 f"{function.__name__}(): annotation {annotation!r} cannot be evaluated: {error}. Import Output at the "
                 "top of the module."
             ) from None
-    if annotation is Output:
-        return Output()
+    if isinstance(annotation, type) and issubclass(annotation, Output):
+        return annotation()
     return annotation if isinstance(annotation, Output) else None
 
 

@@ -42,8 +42,12 @@ class Call:
     @property
     def inputs(self) -> list[SemanticVariable]:
         """The variables in the prompt, each once."""
-        parts = (part for _, text in self.turns for part in text)
-        return list(dict.fromkeys(part for part in parts if isinstance(part, SemanticVariable)))
+        return list(dict.fromkeys(part for part in self.parts if isinstance(part, SemanticVariable)))
+
+    @property
+    def parts(self) -> list[str | SemanticVariable]:
+        """The whole prompt, without its roles."""
+        return [part for _, text in self.turns for part in text]
 
 
 @dataclass(eq=False, slots=True)

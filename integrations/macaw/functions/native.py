@@ -20,7 +20,7 @@ class NativeFunction:
         if not callable(function):
             raise TypeError(f"@macaw.native_function goes on a Python function, not on {function!r}.")
         self.__name__ = getattr(function, "__name__", type(function).__name__)
-        self.__doc__, self.__module__, self.__wrapped__ = function.__doc__, function.__module__, function
+        self.__doc__, self.__wrapped__ = function.__doc__, function
         if isinstance(outputs, str) or not outputs or len(set(outputs)) < len(outputs):
             raise ValueError(f"{self.__name__}(): outputs {outputs!r} are not a list of different names.")
         self.outputs = list(outputs)

@@ -64,10 +64,21 @@ class Program:
                 if variable not in makers:
                     makers[variable] = len(boxes)
                     boxes.append(Box(variable.name, _excerpt(variable), "variable", _state([variable])))
-            sources = [makers[variable] for variable in node.inputs]
+            sources = [makers[variable] for variable in _new_inputs(node)]
             makers |= dict.fromkeys(node.outputs, len(boxes))
             boxes.append(_box(node, sources, self._graph))
         return boxes
+
+
+def _new_inputs(node: Node) -> list[SemanticVariable]:
+    """A node's inputs; an output that goes on where another one of its prompt ended hides what that one read."""
+    inputs = node.inputs
+    if isinstance(node, Call):
+        for variable in reversed(inputs):
+            earlier = variable.producer
+            if isinstance(earlier, Call) and node.parts[: len(earlier.parts)] == earlier.parts:
+                return [v for v in inputs if v not in earlier.inputs]
+    return inputs
 
 
 def _box(node: Node, sources: list[int], graph: Graph) -> Box:

@@ -120,9 +120,7 @@ class Session:
         self._graph.ask(variable, Ask(objective, deadline_s))
         with self._lock:
             if self._ended:
-                fail(
-                    variable, CancelledError(f"{variable.label}: its session has ended, and nothing sets it any more.")
-                )
+                fail(variable, CancelledError(f"{variable.label} has no value, and its session has ended."))
                 return
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
