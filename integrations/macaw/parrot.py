@@ -67,7 +67,8 @@ class Output(_Output):
     """Marks an output, perhaps with Parrot's sampling."""
 
     def __init__(self, sampling_config: SamplingConfig | None = None) -> None:
-        super().__init__(**(sampling_config or {}))  # type: ignore[typeddict-item]
+        options: Any = sampling_config or {}
+        super().__init__(**options)
 
 
 def semantic_function(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -304,3 +306,23 @@ def test_default_session(
         assert requests_sent() == ["POST /v1/programs"]
     finally:
         default.close()
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "functions.md"
+
+
+def test_every_snippet_of_the_guide_runs(local_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACAW_BASE_URL", local_server.url)
+    monkeypatch.setenv("MACAW_API_KEY", TENANTS[0])
+    text = (
+        GUIDE.read_text().replace("http://127.0.0.1:8000", local_server.url).replace("max_tokens=400", "max_tokens=9")
+    )
+    printed: list[str] = []
+    names = {"print": lambda *values, end="\n": printed.append(f"{' '.join(map(str, values))}{end}")}
+    snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(snippets) >= 5
+    for number, snippet in enumerate(snippets):
+        source = snippet.replace("temperature=0.2", "max_tokens=9, temperature=0.2")
+        exec(compile(source, f"{GUIDE.name}[{number}]", "exec"), names)
+    assert "graph LR" in "".join(printed)
+    assert "critical path" in printed[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack, overload
 
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from macaw.functions.graph import Call
 from macaw.functions.session import current_session
 from macaw.functions.template import Placeholder, Template, Turn
-from macaw.functions.variable import SemanticVariable, Text, text_of
+from macaw.functions.variable import SemanticVariable, Text, outputs_type, text_of
 from macaw.protocol import ChatCompletionRequest, CompletionRequest
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from macaw.functions.graph import ClientStep
 from macaw.functions.session import current_session
-from macaw.functions.variable import SemanticVariable
+from macaw.functions.variable import SemanticVariable, outputs_type
 
 
 class NativeFunction:

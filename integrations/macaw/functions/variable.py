@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections import namedtuple
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,6 +210,13 @@ def join(values: Iterable[str | SemanticVariable], separator: str = "\n") -> Tex
             raise TypeError(f"join() got {value!r}; texts and semantic variables are accepted.")
         parts += [separator, value] if parts else [value]
     return Text(parts)
+
+
+def outputs_type(names: Sequence[str]) -> Callable[..., Any]:
+    """Makes named tuples of outputs; a name that is none in Python is replaced by its place."""
+    make: Any = namedtuple
+    result: Callable[..., Any] = make("Outputs", names, rename=True)
+    return result
 
 
 def settle(variable: SemanticVariable, value: str) -> bool:
