@@ -96,7 +96,7 @@ class Function:
             name: self._checked(name, {**sampling, **given[name], **(outputs or {}).get(name, {})})
             for name in self.outputs
         }
-        self._answers = namedtuple("Outputs", self.outputs, rename=True)  # type: ignore[misc]
+        self._answers = outputs_type(self.outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Build a call.

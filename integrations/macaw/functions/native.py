@@ -25,7 +25,7 @@ class NativeFunction:
         self.outputs = list(outputs)
         self.is_async = inspect.iscoroutinefunction(function)
         self._signature = inspect.signature(function)
-        self._answers = namedtuple("Outputs", self.outputs, rename=True)  # type: ignore[misc]
+        self._answers = outputs_type(self.outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Build a step; variables among the arguments, also within lists and dicts, become their values."""
