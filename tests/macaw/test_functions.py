@@ -475,6 +475,21 @@ def test_growth_that_comes_too_late_goes_into_a_new_program(server, session):
     assert end.error.to_exception().code == "deadline_exceeded"
 
 
+def test_growth_waits_for_a_server_that_is_full(server):
+    full = refusal(OverloadedError("Full."))
+    with macaw.session(server.url):
+        server.answer_events(
+            *POST, numbered(ProgramCreated(program_id="p1"), *resolved(review__remarks="r")), then="hold"
+        )
+        assert review("a").get() == "r"
+        for _ in range(3):
+            server.answer("POST", "/v1/programs/p1/calls", full, status=429, retry_after="0")
+        with pytest.raises(OverloadedError, match="Full"):
+            review("b").get()
+        assert len(server.seen) == 4
+        server.answer("POST", "/v1/programs/p1/calls", {})
+
+
 def test_refused_growth_leaves_the_program_as_it_is(server):
     held = numbered(ProgramCreated(program_id="p1"), *resolved(review__remarks="r"))
     with macaw.session(server.url):

@@ -21,12 +21,13 @@ from macaw.errors import (
     MacawError,
     NativeFunctionError,
     NotFoundError,
+    OverloadedError,
     RequestError,
     UnknownModelError,
 )
 from macaw.functions.graph import Call, ClientStep, Graph, Node, resolved
 from macaw.functions.variable import Objective, SemanticVariable, fail, located, settle
-from macaw.protocol import AnyEvent, CallDelta, CallFailed, ProgramFailed, VariableResolved
+from macaw.protocol import AnyEvent, CallDelta, CallFailed, ProgramFailed, ProgramGrowth, VariableResolved
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ LINGER_S = 60.0
 """A program that has had nothing to do for so long is closed; what is built later goes into a new one."""
 END_TIMEOUT_S = 5.0
 """How long the end of a program may take to arrive, before its stream is broken off."""
+GROW_RETRIES = 2
 MAX_STEP_THREADS = 32
 _CALL_INDEX = re.compile(r"calls\[(\d+)\]")
 
@@ -201,7 +203,7 @@ class Driver:
                 self.program_id = live.id
             else:
                 live.coming = part.calls  # their events may come before the answer
-                await self._client.grow(live.id, part.builder.growth())
+                await self._grow(live, part.builder.growth())
         except MacawError as error:
             if live is not None:
                 live.coming = {}
@@ -212,6 +214,18 @@ class Driver:
         log.debug("program %s: %d more calls, %d more targets", live.id, len(part.calls), len(part.told))
         self._note(live, part)
         return None
+
+    async def _grow(self, live: LiveProgram, growth: ProgramGrowth) -> None:
+        """Grow, and again where the server is full and says when to come back: it has taken nothing then."""
+        for _ in range(GROW_RETRIES):
+            try:
+                await self._client.grow(live.id, growth)
+                return
+            except OverloadedError as error:
+                if error.retry_after_s is None:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
+        await self._client.grow(live.id, growth)
 
     def _note(self, live: LiveProgram, part: Part) -> None:
         """The server has taken a part."""

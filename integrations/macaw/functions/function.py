@@ -72,13 +72,13 @@ class Function:
             )
         declared = inspect.signature(function, eval_str=False).parameters
         marked = {name: mark for name, p in declared.items() if (mark := _output_mark(p.annotation, function))}
-        self._signature = inspect.Signature(
+        self.__signature__ = inspect.Signature(
             [_accepted(p, self.__name__) for p in declared.values() if p.name not in marked]
         )
         try:
             template = Template(
                 clean(function.__doc__ or ""),
-                parameters=list(self._signature.parameters),
+                parameters=list(self.__signature__.parameters),
                 output_parameters=marked,
                 chat=chat,
             )
@@ -109,9 +109,9 @@ class Function:
             TypeError: An argument is missing, not known or of another type.
         """
         try:
-            bound = self._signature.bind(*args, **kwargs)
+            bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.__name__}{self._signature}: {error}") from None
+            raise TypeError(f"{self.__name__}{self.__signature__}: {error}") from None
         bound.apply_defaults()
         session = current_session()
         values = {
@@ -127,7 +127,7 @@ class Function:
         return made[self.outputs[0]] if len(made) == 1 else self._answers(*(made[name] for name in self.outputs))
 
     def __repr__(self) -> str:
-        return f"<macaw.function {self.__name__}{self._signature} -> {', '.join(self.outputs)}>"
+        return f"<macaw.function {self.__name__}{self.__signature__} -> {', '.join(self.outputs)}>"
 
     def _checked(self, output: str, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse at once what the server would refuse, by the protocol's own types."""

@@ -125,14 +125,14 @@ class Graph:
 
     def add(self, node: Node) -> None:
         """Add a call whose inputs were built before; it fails at once where one of these has failed."""
-        with self._lock:
-            self.nodes.append(node)
-            self._unsent.append(node)
         for variable in node.inputs:
             variable.add_consumer(node)
             if variable.ready and (error := variable.future.exception()) is not None:
                 for output in node.outputs:
                     fail(output, upstream_error(output, error))
+        with self._lock:  # only now: what the driver finds unsent has failed already where an input has
+            self.nodes.append(node)
+            self._unsent.append(node)
 
     def ask(self, variable: SemanticVariable, ask: Ask) -> None:
         """Note that the application waits for a variable. The strictest wish stands."""

@@ -24,15 +24,15 @@ class NativeFunction:
             raise ValueError(f"{self.__name__}(): outputs {outputs!r} are not a list of different names.")
         self.outputs = list(outputs)
         self.is_async = inspect.iscoroutinefunction(function)
-        self._signature = inspect.signature(function)
+        self.__signature__ = inspect.signature(function)
         self._answers = outputs_type(self.outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Build a step; variables among the arguments, also within lists and dicts, become their values."""
         try:
-            bound = self._signature.bind(*args, **kwargs)
+            bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.__name__}{self._signature}: {error}") from None
+            raise TypeError(f"{self.__name__}{self.__signature__}: {error}") from None
         session = current_session()
         session.check_inputs(self.__name__, bound.arguments)
         made = [SemanticVariable(name, session=session, maker=self.__name__) for name in self.outputs]
@@ -62,7 +62,7 @@ class NativeFunction:
         return [str(value) for value in results]
 
     def __repr__(self) -> str:
-        return f"<macaw.native_function {self.__name__}{self._signature} -> {', '.join(self.outputs)}>"
+        return f"<macaw.native_function {self.__name__}{self.__signature__} -> {', '.join(self.outputs)}>"
 
 
 @overload
