@@ -455,6 +455,8 @@ def test_ended_program_is_followed_by_a_new_one_with_the_values(server, session)
     server.answer_events(*POST, completed(*resolved(review__remarks="r")))
     first = review("a")
     first.get()
+    while not session._driver._live.pump.done():
+        session._submit(asyncio.sleep(0)).result()
     server.answer_events(*POST, completed(*resolved(**{"review__remarks-2": "s"})))
     assert review(first).get() == "s"
     program = sent(server, 1)
