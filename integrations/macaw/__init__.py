@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InvalidProgramError,
         InvalidRequestError,
         MacawError,
+        NativeFunctionError,
         NotFoundError,
         OverloadedError,
         RequestError,
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
         UnknownModelError,
         UpstreamFailedError,
     )
+    from macaw.functions.function import Function, Input, Output, Sampling, function
+    from macaw.functions.native import NativeFunction, native_function
+    from macaw.functions.program import Program
+    from macaw.functions.session import Session, current_session, session, variable
+    from macaw.functions.variable import SemanticVariable, join
     from macaw.protocol import (
         AnyEvent,
         CallCompleted,
@@ -62,13 +68,19 @@ __all__ = [
     "ContextLengthError",
     "DeadlineExceededError",
     "EngineFailedError",
+    "Function",
+    "Input",
     "InternalServerError",
     "InvalidProgramError",
     "InvalidRequestError",
     "MacawClient",
     "MacawError",
+    "NativeFunction",
+    "NativeFunctionError",
     "NotFoundError",
+    "Output",
     "OverloadedError",
+    "Program",
     "ProgramBuilder",
     "ProgramCompleted",
     "ProgramCreated",
@@ -79,12 +91,21 @@ __all__ = [
     "ProgramStream",
     "Ref",
     "RequestError",
+    "Sampling",
+    "SemanticVariable",
     "ServerError",
+    "Session",
     "UnauthorizedError",
     "UnknownModelError",
     "UpstreamFailedError",
     "VariableResolved",
     "__version__",
+    "current_session",
+    "function",
+    "join",
+    "native_function",
+    "session",
+    "variable",
 ]
 
 _HOMES = {
@@ -94,6 +115,20 @@ _HOMES = {
     "ProgramStream": "client",
     "ProgramBuilder": "builder",
     "Ref": "builder",
+    "Function": "functions.function",
+    "Input": "functions.function",
+    "Output": "functions.function",
+    "Sampling": "functions.function",
+    "function": "functions.function",
+    "NativeFunction": "functions.native",
+    "native_function": "functions.native",
+    "Program": "functions.program",
+    "Session": "functions.session",
+    "current_session": "functions.session",
+    "session": "functions.session",
+    "variable": "functions.session",
+    "SemanticVariable": "functions.variable",
+    "join": "functions.variable",
 }
 
 

@@ -12,6 +12,7 @@
     │   └── NotFoundError            not_found
     ├── CallError               a call or a program ended without its answer
     │   ├── UpstreamFailedError      upstream_failed
+    │   ├── NativeFunctionError      native_function_failed
     │   ├── CancelledError           cancelled
     │   └── DeadlineExceededError    deadline_exceeded
     ├── ServerError             the server could not do it; trying again later may help (5xx, 429)
@@ -136,6 +137,12 @@ class CallError(MacawError):
 
 class UpstreamFailedError(CallError):
     """A call that this value depends on failed; the message names the root call and its error."""
+
+
+class NativeFunctionError(CallError):
+    """A native function raised; `__cause__` is what. Never on the wire: native functions run in the client."""
+
+    default_code = "native_function_failed"
 
 
 class CancelledError(CallError):

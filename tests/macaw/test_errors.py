@@ -34,6 +34,8 @@ CODES = {
     "internal_error": errors.InternalServerError,
 }
 
+CLIENTS_OWN = {errors.ConnectionFailedError, errors.NativeFunctionError}  # never on the wire
+
 
 def leaves(cls=MacawError):
     below = [sub for sub in cls.__subclasses__() if sub.__module__ == errors.__name__]  # not those of other tests
@@ -44,8 +46,8 @@ def fields(error):
     return (type(error), str(error), error.code, error.param, error.status, error.retry_after_s)
 
 
-def test_every_leaf_but_the_connection_has_a_code():
-    assert set(CODES.values()) == leaves() - {errors.ConnectionFailedError}
+def test_every_leaf_but_the_clients_own_has_a_code():
+    assert set(CODES.values()) == leaves() - CLIENTS_OWN
 
 
 @pytest.mark.parametrize(("code", "cls"), CODES.items(), ids=CODES)
@@ -55,9 +57,14 @@ def test_error_survives_the_wire(code, cls):
     assert set(error.to_wire()) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("cls", sorted(leaves(), key=lambda cls: cls.__name__))
+@pytest.mark.parametrize("cls", sorted(leaves() - CLIENTS_OWN, key=lambda cls: cls.__name__))
 def test_default_code_names_its_class(cls):
-    assert CODES.get(cls("x").code, errors.ConnectionFailedError) is cls
+    assert CODES[cls("x").code] is cls
+
+
+@pytest.mark.parametrize("cls", sorted(CLIENTS_OWN, key=lambda cls: cls.__name__))
+def test_clients_own_errors_have_codes_of_their_own(cls):
+    assert cls("x").code not in CODES
 
 
 @pytest.mark.parametrize("cls", sorted(leaves(), key=lambda cls: cls.__name__))

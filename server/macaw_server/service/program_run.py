@@ -111,7 +111,10 @@ class ProgramRun:
         events = self.program.grow(growth, self._now_ms())
         self._prepared |= prepared
         self.num_live_calls += sum(map(weight, growth.calls))
-        self._apply(events)
+        if events:
+            self._apply(events)
+        else:
+            self._advance()  # no event says so, but calls may be ready and deadlines new
 
     def set_variable(self, name: str, value: str) -> None:
         """Set an external variable. Raises `InvalidProgramError`."""

@@ -125,6 +125,19 @@ class TestGrowth:
         assert run.state.result() == {"judge.out": "agreed"}
         assert engine.prompts()[1] == chat_prompt("a draft? yes")
 
+    async def test_a_growth_whose_calls_are_ready_at_once_starts_them(self, make):
+        engine = ScriptedEngine()
+        service = make(engine)
+        run = await submit(service, program(("first", "Hi"), open=True))
+        await until(lambda: "first.out" in run.values)
+        growth = ProgramGrowth(
+            calls=[Call.model_validate(call("next", "$first.out", "!"))], targets=[Target(variable="next.out")]
+        )
+        await service.grow(run, growth)
+        await until(lambda: "next.out" in run.values)
+        await service.grow(run, ProgramGrowth(close=True))
+        assert set(run.state.result()) == {"next.out"}
+
     async def test_a_refused_growth_changes_nothing(self, make):
         engine = ScriptedEngine()
         service = make(engine)
