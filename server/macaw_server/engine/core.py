@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,27 +15,29 @@ import torch
 from macaw_kernels import ALWAYS_SHARE, CPU_TORCH, NEVER_SHARE, DeviceProfile, default_profile, native_available
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
+from macaw_server.engine.flight import Flight, chunks, rows, sampling
+from macaw_server.engine.graphs import GraphError, cuda_capture
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
-from macaw_server.engine.runner import Chunk, ModelRunner
-from macaw_server.engine.sampler import Row, Sampled, sample
+from macaw_server.engine.runner import ModelRunner
+from macaw_server.engine.sampler import Sampled, sample
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.native import FAMILIES
-from macaw_server.models.probe import prepare
+from macaw_server.models.probe import capture_graphs, prepare
 from macaw_server.scheduler import (
     Proposer,
     ProposerFactory,
     ScheduledBatch,
-    ScheduledChunk,
     Scheduler,
     SchedulerConfig,
+    SequenceStatus,
     make_policy,
     prompt_lookup,
 )
 
 if TYPE_CHECKING:
-    from macaw_server.engine.grammar import GrammarState, Masks
+    from macaw_server.engine.grammar import GrammarState
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,24 @@ class EngineCore:
             profile=profile,
             attention_backend=None if config.native else "torch",
         )
+        if config.cuda_graphs and device.type == "cuda":
+            try:
+                capture_graphs(
+                    self._runner,
+                    cuda_capture(),
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=pool.max_model_len,
+                    num_pages=pool.num_pages,
+                    vocab_size=hf.get_text_config().vocab_size,
+                    dtype=dtype,
+                    progress=on_loading,
+                )
+            except GraphError as e:
+                log.warning("decode steps run without CUDA graphs, and slower: %s", e)
         self._config = config
         self._make_proposer = make_proposer
+        self._overlap = device.type == "cuda" if config.overlap is None else config.overlap
+        self._ahead: Flight | None = None
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
@@ -108,7 +125,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work or self._constrained.num_held > 0
+        return self._scheduler.has_work or self._constrained.num_held > 0 or self._ahead is not None
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; the answer, if there is one, is its refusal."""
@@ -132,24 +149,17 @@ class EngineCore:
         self._constrained.drop(request_id)
 
     def step(self) -> list[EngineOutput]:
-        """One round: schedule -> run -> postprocess."""
-        begin = time.perf_counter()
-        refused = self._queue_compiled()
-        batch = self._scheduler.schedule(time.monotonic())
-        if not batch.chunks:
-            return refused
-        ready = time.perf_counter()
-        try:
-            sampled = self._run(batch)
-        except Exception as e:
-            log.exception("a step of %d sequences failed", len(batch.chunks))
-            return refused + self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
-        done = time.perf_counter()
-        outputs = self._postprocess(batch, sampled)
+        """One round: schedule -> run -> postprocess. With overlap the next batch runs before this one is read."""
+        begin, forward_s = time.perf_counter(), self._forward_s
+        outputs = self._queue_compiled()
+        flight = self._ahead or self._launch(self._scheduler.schedule(time.monotonic()))
+        if flight is None:
+            return outputs
+        self._ahead = self._launch_ahead(flight) if self._overlap else None
+        outputs += self._land(flight)
         self._steps += 1
-        self._forward_s += done - ready
-        self._overhead_s += time.perf_counter() - done + ready - begin
-        return refused + outputs
+        self._overhead_s += time.perf_counter() - begin - (self._forward_s - forward_s)
+        return outputs
 
     def stats(self) -> EngineStats:
         """The counters now."""
@@ -185,17 +195,46 @@ class EngineCore:
         grammar = self._constrained.state(request.request_id)
         return proposer if grammar is None else GrammarDrafts(proposer, grammar)
 
-    def _run(self, batch: ScheduledBatch) -> dict[str, Seq[Sampled]]:
-        """Forward pass and sampling; the choices of each sequence that samples, as far as its drafts hold."""
-        sampling = [chunk for chunk in batch.chunks if chunk.samples]
-        masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling)
-        logits = self._runner.run(
-            [Chunk(c.token_ids, c.start, c.sequence.block_table, c.num_samples) for c in batch.chunks]
-        )
-        allowed = masks()
-        rows = [row for c in sampling for row in _rows(c, allowed.get(c.sequence.request_id))]
-        choices = iter(sample(logits, rows, native=self._config.native))
-        return {c.sequence.request_id: _verified(c.drafts, list(islice(choices, c.num_samples))) for c in sampling}
+    def _launch(self, batch: ScheduledBatch, before: Flight | None = None) -> Flight | None:
+        """Issue the forward pass and the sampling of a batch, if there is anything in it.
+
+        Args:
+            batch: As scheduled.
+            before: The step that samples the batch's tokens, if it is one ahead.
+        """
+        if not batch.chunks:
+            return None
+        begin = time.perf_counter()
+        try:
+            masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling(batch))
+            logits = self._runner.run(chunks(batch), None if before is None else before.tokens_of(batch))
+            allowed = masks()
+            wanted = [row for c in sampling(batch) for row in rows(batch, c, allowed.get(c.sequence.request_id))]
+            return Flight(batch, sample(logits, wanted, native=self._config.native))
+        except Exception as e:
+            return Flight(batch, e)  # it is told when this step's turn has come
+        finally:
+            self._forward_s += time.perf_counter() - begin
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """Launch the step after the one in flight, where that need not wait for its tokens."""
+        ahead = None if isinstance(flight.choices, Exception) else self._scheduler.schedule_ahead()
+        return None if ahead is None else self._launch(ahead, flight)
+
+    def _land(self, flight: Flight) -> list[EngineOutput]:
+        """Wait for a step's tokens, and say what it did."""
+        begin = time.perf_counter()
+        try:
+            sampled = flight.result()
+        except Exception as e:
+            log.exception("a step of %d sequences failed", len(flight.batch.chunks))
+            return self._recover(flight.batch, f"The engine's step failed: {type(e).__name__}: {e}")
+        finally:
+            self._forward_s += time.perf_counter() - begin
+        outputs = self._postprocess(flight.batch, sampled)
+        if self._ahead is not None:
+            self._scheduler.confirm(self._ahead.batch)
+        return outputs
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
@@ -227,7 +266,9 @@ class EngineCore:
 
         What the failed step has written to its pages is unknown, so nothing of the cache is kept.
         """
-        failed = {chunk.sequence.request_id for chunk in batch.chunks}
+        self._ahead = None  # its sequences are all of this batch
+        running = (c.sequence for c in batch.chunks if c.sequence.status is SequenceStatus.RUNNING)
+        failed = {sequence.request_id for sequence in running}
         for request_id in failed:
             self._constrained.drop(request_id)
         others = [s for s in self._scheduler.sequences if s.request_id not in failed]
@@ -237,20 +278,6 @@ class EngineCore:
             outputs = sequence.token_ids[len(sequence.request.prompt_ids) :]
             self._scheduler.add(replace(sequence.request, output_ids=outputs), now_s)
         return [EngineOutput(request_id, error=("internal_error", message)) for request_id in failed]
-
-
-def _rows(chunk: ScheduledChunk, masks: Masks | None) -> Iterator[Row]:
-    """The rows of a chunk that samples, one after each number of its drafts."""
-    sequence, drafts = chunk.sequence, chunk.drafts
-    params, num_prompt = sequence.request.sampling, len(sequence.request.prompt_ids)
-    for i in range(chunk.num_samples):
-        yield Row(params, sequence.token_ids, num_prompt, drafts[:i], None if masks is None else masks[i])
-
-
-def _verified(drafts: Seq[int], choices: Seq[Sampled]) -> Seq[Sampled]:
-    """The choices up to the first that is not its draft; what follows was computed after a wrong token."""
-    num_right = next((i for i, (d, c) in enumerate(zip(drafts, choices, strict=False)) if d != c.token), len(drafts))
-    return choices[: num_right + 1]
 
 
 def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 transformers lets us replace a model's attention, but not every architecture goes through the replacement, and some do
 and still compute something else. So every model first answers the same short prompts twice, stock and paged; and a
-third time by the native decoder, where there is one.
+third time by the native decoder, where there is one. Captured graphs are checked in the same way.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from macaw_server.engine.attention import (
     current_batch,
 )
 from macaw_server.engine.forward import ForwardPass, NativeForward, StockForward
+from macaw_server.engine.graphs import Capture, GraphError
 from macaw_server.engine.memory import fast_bfloat16
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.errors import ConfigError, ModelLoadError
@@ -114,6 +115,53 @@ def prepare(
     )
     free_weights(model)
     return Prepared(layers, NativeForward(decoder), "native", decoder.weight_bytes)
+
+
+def capture_graphs(
+    runner: ModelRunner,
+    capture: Capture,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_pages: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Capture the decode steps of all sizes, and check that each says what it says without a graph.
+
+    Args:
+        runner: Of a model whose pages are nobody's yet.
+        capture: Makes a graph.
+        max_num_seqs: The largest batch.
+        max_model_len: The longest sequence, in tokens.
+        num_pages: Of the runner.
+        vocab_size: Of the model.
+        dtype: Of the model.
+        progress: Told what is going on.
+
+    Raises:
+        GraphError: They are no use for this model, and the message says why; the runner is left without.
+    """
+    ids = [(7919 * i + 13) % vocab_size for i in range(2 * max_num_seqs)]
+
+    def step(position: int, num_seqs: int) -> list[Chunk]:
+        tokens = ids[position * num_seqs :]
+        return [Chunk(tokens[i : i + 1], position, [i], 1) for i in range(num_seqs)]
+
+    try:
+        sizes = runner.use_graphs(capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        for i, size in enumerate(reversed(sizes)):  # the largest first: the others find room in its memory
+            progress(f"capturing decode steps as graphs: batch {size} ({i + 1} of {len(sizes)})")
+            num_seqs = min(size if size - 1 in (0, *sizes) else size - 1, num_pages)  # filled up where there is a gap
+            runner.run(step(0, num_seqs))
+            stock = runner.run(step(1, num_seqs), graphs=False)
+            error = _error(list(runner.run(step(1, num_seqs))), list(stock))
+            if not error <= (tolerance := _TOLERANCE[dtype]):
+                raise GraphError(f"logits of batch {size} are {error:.2g} standard deviations off (of {tolerance:g})")
+    except Exception as e:
+        runner.drop_graphs()
+        raise e if isinstance(e, GraphError) else GraphError(f"{type(e).__name__}: {e}") from e
 
 
 def _native(model: nn.Module, config: EngineConfig, layers: dict[int, LayerSpec], max_model_len: int) -> NativeDecoder:
