@@ -75,6 +75,10 @@ class EngineConfig(BaseModel):
         default=None,
         description="Schedule and launch a step while the one before it runs; default: on GPUs.",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="torch.compile for transformers' modules: a slow start, and what it brings was not measured.",
+    )
     native: bool = Field(
         default=True,
         description="CPU: own kernels in C++, compiled on first use, for whatever of the model they cover.",

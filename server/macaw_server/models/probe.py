@@ -105,7 +105,15 @@ def prepare(
                     f"have it: {e}. Serve without --quantization."
                 ) from e
             log.info("%s runs on transformers' own modules, not on the native CPU decoder: %s", config.model, e)
+            if config.torch_compile:
+                answers = partial(_paged_logits, model, forward, layers, prompts, profile, attention_backend)
+                _compile(forward, config, answers, stock)
             return Prepared(layers, forward, "transformers", weight_bytes)
+    if config.torch_compile:
+        raise ConfigError(
+            f"--torch-compile is for transformers' modules, and {config.model} runs on the native CPU decoder. Serve "
+            "without --torch-compile, or with --no-native."
+        )
     log.info(
         "%s runs on the native CPU decoder with %s weights; logits of a probe differ from transformers' by %.2g "
         "standard deviations",
@@ -115,6 +123,26 @@ def prepare(
     )
     free_weights(model)
     return Prepared(layers, NativeForward(decoder), "native", decoder.weight_bytes)
+
+
+def _compile(
+    forward: StockForward, config: EngineConfig, paged_logits: Callable[[], Seq[Tensor]], stock: Seq[Tensor]
+) -> None:
+    """Compile the modules, which must answer as before.
+
+    Raises:
+        ConfigError: They cannot be compiled, or answer something else.
+    """
+    forward.compile()
+    try:
+        error = _error(paged_logits(), stock)
+    except Exception as e:
+        raise ConfigError(f"--torch-compile: {config.model} cannot be compiled. {type(e).__name__}: {e}") from e
+    if not error <= (tolerance := _TOLERANCE[next(forward.model.parameters()).dtype]):
+        raise ConfigError(
+            f"--torch-compile: compiled, {config.model} answers otherwise: logits are off by {error:.2g} standard "
+            f"deviations (accepted: {tolerance:g}). Serve without it."
+        )
 
 
 def capture_graphs(
