@@ -106,15 +106,14 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default in (None, ()) else f" (default: {field.default})"
     text = f"{field.description}{default}"
     kind: Any = field.annotation
-    flag, metavar = _flag(name), "VALUE"
+    flag = _flag(name)
     if kind in (bool, bool | None):
-        kind, flag, metavar = bool, f"{flag}/--no-{flag[2:]}", None
+        kind, flag = bool, f"{flag}/--no-{flag[2:]}"
     elif get_origin(kind) is tuple:
         kind = list[str]
-    elif get_origin(kind) is Literal:
-        metavar = None
-    else:
+    elif get_origin(kind) is not Literal:
         kind = str
+    metavar = "VALUE" if kind in (str, list[str]) else None
     spec = typer.Argument(help=text) if name == "model" else typer.Option(flag, help=text, metavar=metavar)
     return inspect.Parameter(
         name,

@@ -64,6 +64,8 @@ class EngineCore:
         make_proposer: ProposerFactory = prompt_lookup,
     ) -> None:
         device = choose_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams, graphs and Triton's launches go to the current one
         hf = loader.load_config(config)
         dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
         profile = _profile(config, device, dtype)
@@ -85,7 +87,7 @@ class EngineCore:
             dtype=dtype,
             device=device,
             profile=profile,
-            attention_backend=None if config.native else "torch",
+            attention_backend="torch" if device.type == "cpu" and not config.native else None,
         )
         if config.cuda_graphs and device.type == "cuda":
             try:

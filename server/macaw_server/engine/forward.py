@@ -44,7 +44,8 @@ class StockForward:
 
     def compile(self) -> None:
         """Have `torch.compile` work on the modules; the attention, a kernel already, breaks its graphs."""
-        AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(paged_attention))
+        attention = torch.compiler.disable(paged_attention)  # type: ignore[no-untyped-call]
+        AttentionInterface.register(ATTENTION_NAME, attention)
         self.model.compile(dynamic=True)
 
     def __call__(self, token_ids: Tensor, positions: Tensor, batch: BatchContext, rows: Tensor) -> Tensor:

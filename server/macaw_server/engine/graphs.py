@@ -73,7 +73,7 @@ class _Bucket:
     Attributes:
         inputs: ``[3, size]`` int64: token ids, positions, slots.
         buffers: What holds the plans, with their heads.
-        plans: Those of the step, for backends without buffers.
+        plans: Those that were captured; of the step for a backend that has no buffers.
         run: Computes the logits, once it is captured.
     """
 
@@ -161,7 +161,8 @@ class DecodeGraphs:
                 log.info("a decode step of %d sequences runs without its graph; others may, too: %s", len(known), e)
             self._refused = True
             return None
-        bucket.plans.update(plans)
+        if bucket.run is None or not bucket.buffers:  # what is captured keeps its plans, and finds these in the buffers
+            bucket.plans.update(plans)
         inputs = np.stack([known, any_plan.positions, any_plan.slot_mapping()])
         bucket.inputs.copy_(staged(inputs, self._device), non_blocking=True)
         if token_ids is not None:

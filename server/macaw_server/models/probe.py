@@ -82,7 +82,8 @@ def prepare(
     with torch.inference_mode(), _quick_products(model):
         stock = [_stock_logits(model, prompt) for prompt in prompts]
         forward = StockForward(model)
-        attention_backend = None if config.native else "torch"
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        attention_backend = "torch" if on_cpu and not config.native else None
         try:
             layers = _discover(model)
             error = _error(_paged_logits(model, forward, layers, prompts, profile, attention_backend), stock)
