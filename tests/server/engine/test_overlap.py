@@ -169,7 +169,25 @@ def test_whatever_happens_in_mid_flight(pair: Pair, acts: list[Act], broken: int
         expected = pair.expected[name.removeprefix(prefix)][0]
         assert tokens == (expected[: len(tokens)] if name in failed | aborted else expected)
     assert core.stats().pages_used == 0
+    assert core._ahead is None, "what is in flight is work"
     assert not failed or broken is not None
+
+
+def test_who_is_gone_hears_nothing_of_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = EngineCore(EngineConfig(dtype="float32", max_model_len=256, overlap=True))
+    for name in ("aborted", "fails"):
+        assert core.add(EngineRequest(name, [5, 6], SamplingParams(max_tokens=12, temperature=0))) is None
+    core.step()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core._runner, "run", broken)
+        assert [output.error for output in core.step()] == [None, None]
+        core.abort("aborted")
+        assert [(output.request_id, output.error is not None) for output in core.step()] == [("fails", True)]
+    assert not core.has_work
 
 
 def test_a_device_that_fails_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
