@@ -194,3 +194,24 @@ def test_equals_transformers_on_a_gpu(
         assert answers[request.request_id][1] == pytest.approx(logprobs, abs=2e-3)
     assert core.stats().preemptions > 0
     assert core.stats().pages_used == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_decode_step_is_issued_without_waiting(tmp_path: Path) -> None:
+    """No operation makes the host wait, page boundaries and filters included; only reading the tokens does."""
+    save_model(tmp_path, "llama")
+    core = EngineCore(cramped(tmp_path, device="cuda"))
+    params = [
+        SamplingParams(max_tokens=30, temperature=t, top_p=0.9, top_k=20 * t, seed=1, logprobs=2) for t in (0, 1, 1)
+    ]
+    for i, each in enumerate(params):
+        assert core.add(EngineRequest(f"r{i}", [5, 6, 7 + i], each)) is None
+    for _ in range(6):
+        core.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(12):
+            assert all(output.error is None for output in core.step())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
