@@ -107,12 +107,15 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default in (None, ()) else f" (default: {field.default})"
     text = f"{field.description}{default}"
     kind: Any = field.annotation
-    if get_origin(kind) is tuple:
+    flag = _flag(name)
+    if kind in (bool, bool | None):
+        kind, flag = bool, f"{flag}/--no-{flag[2:]}"
+    elif get_origin(kind) is tuple:
         kind = list[str]
     elif get_origin(kind) is not Literal:
         kind = str
-    metavar = None if get_origin(kind) is Literal else "VALUE"
-    spec = typer.Argument(help=text) if name == "model" else typer.Option(_flag(name), help=text, metavar=metavar)
+    metavar = "VALUE" if kind in (str, list[str]) else None
+    spec = typer.Argument(help=text) if name == "model" else typer.Option(flag, help=text, metavar=metavar)
     return inspect.Parameter(
         name,
         inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "model" else inspect.Parameter.KEYWORD_ONLY,

@@ -80,6 +80,18 @@ class EngineConfig(BaseModel):
         default="auto",
         description="Two-phase attention over shared prefixes: by cost model, or forced, or off.",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="CUDA: decode steps are captured at start and launched as a whole; needs some seconds and memory.",
+    )
+    overlap: bool | None = Field(
+        default=None,
+        description="Schedule and launch a step while the one before it runs; default: on GPUs.",
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description="torch.compile for transformers' modules: a slow start, and what it brings was not measured.",
+    )
     native: bool = Field(
         default=True,
         description="CPU: own kernels in C++, compiled on first use, for whatever of the model they cover.",

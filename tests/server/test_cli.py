@@ -23,6 +23,15 @@ def test_every_field_is_a_flag_and_says_its_default() -> None:
     assert "macaw-demo" in CliRunner().invoke(app, ["serve", "--help"]).output
 
 
+def test_switches_are_set_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typer.main.get_command(app).get_command(None, "serve")
+    on = command.make_context("serve", ["m", "--overlap", "--no-cuda-graphs"]).params
+    config = _config(on)
+    assert (config.overlap, config.cuda_graphs, config.native) == (True, False, True)
+    monkeypatch.setenv("MACAW_OVERLAP", "0")
+    assert (_config({}).overlap, _config({"overlap": True}).overlap) == (False, True)
+
+
 def test_flags_win_over_variables_and_these_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MACAW_PORT", "9001")
     monkeypatch.setenv("MACAW_KV_MEMORY", "2GiB")

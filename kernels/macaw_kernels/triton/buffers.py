@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from macaw_kernels.transfers import upload
 from macaw_kernels.triton.configs import KernelConfig, kernel_config
-from macaw_kernels.triton.layout import UNIT_FIELDS, Capacity, Layout, build_layout, check_capacity
+from macaw_kernels.triton.layout import UNIT_FIELDS, Capacity, Layout, build_layout, check_capacity, decode_capacity
 from macaw_kernels.types import AttentionPlan, HeadConfig, IntArray
 
 INTERPRETER_SMS = 4
@@ -128,14 +129,32 @@ class PlanBuffers:
                 sequence = np.repeat(grown, counts)
                 nth = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
                 column = self._last_num_pages[sequence] + nth
-                pages = torch.from_numpy(plan.block_tables[sequence, column].astype(np.int32))
-                where = torch.from_numpy(sequence * self.tables.shape[1] + column)
-                self.tables.view(-1).index_copy_(0, where.to(self._device), pages.to(self._device))
+                pages = upload(plan.block_tables[sequence, column].astype(np.int32), self._device)
+                where = upload(sequence * self.tables.shape[1] + column, self._device)
+                self.tables.view(-1).index_copy_(0, where, pages)
         else:
             batch, width = len(num_pages), int(num_pages.max())
-            tables = torch.from_numpy(plan.block_tables[:, :width].astype(np.int32))
-            self.tables[:batch, :width].copy_(tables)
+            tables = plan.block_tables[:, :width].astype(np.int32)
+            self.tables[:batch, :width].copy_(upload(tables, self._device))
         self._last_tables, self._last_num_pages = plan.block_tables, num_pages
+
+
+def decode_buffers(
+    heads: HeadConfig, window: int | None, batch: int, num_pages: int, device: torch.device, dtype: torch.dtype
+) -> PlanBuffers:
+    """Buffers for the decode steps of a graph.
+
+    Args:
+        heads: Heads of the layers.
+        window: Of the layers.
+        batch: Sequences, with one query token each.
+        num_pages: Pages of the longest sequence.
+        device: Where the pages are.
+        dtype: Of queries, keys and values.
+    """
+    config = kernel_config(device, heads, dtype)
+    capacity = decode_capacity(batch, num_pages, heads.group_size, heads.num_kv_heads, config, num_sms(device))
+    return PlanBuffers(heads, capacity, window, device, dtype)
 
 
 def plan_buffers(

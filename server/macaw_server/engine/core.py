@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,24 +24,26 @@ from macaw_kernels import (
 )
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
+from macaw_server.engine.flight import Flight, chunks, rows, sampling
+from macaw_server.engine.graphs import GraphError, cuda_capture
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.ridge import RidgeEstimate, measured
-from macaw_server.engine.runner import Chunk, ModelRunner
-from macaw_server.engine.sampler import Row, Sampled, sample
+from macaw_server.engine.runner import ModelRunner
+from macaw_server.engine.sampler import Sampled, sample
 from macaw_server.engine.tensor_parallel import Runner, TensorParallel
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from macaw_server.errors import ConfigError
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.native import FAMILIES
-from macaw_server.models.probe import prepare
+from macaw_server.models.probe import capture_graphs, prepare
 from macaw_server.scheduler import (
     Proposer,
     ProposerFactory,
     ScheduledBatch,
-    ScheduledChunk,
     Scheduler,
     SchedulerConfig,
+    SequenceStatus,
     StepTimeModel,
     make_policy,
     prompt_lookup,
@@ -50,7 +51,7 @@ from macaw_server.scheduler import (
 )
 
 if TYPE_CHECKING:
-    from macaw_server.engine.grammar import GrammarState, Masks
+    from macaw_server.engine.grammar import GrammarState
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class EngineCore:
                 "`macaw serve` has it; an engine in a thread has one rank."
             )
         device = choose_device(config.device) if ranks is None else ranks.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams, graphs and Triton's launches go to the current one
         hf = loader.load_config(config)
         dtype = choose_dtype(config.dtype, device, native=_native(config, device, hf))
         profile = partial(_profile, config, device, dtype)
@@ -100,7 +103,7 @@ class EngineCore:
         if ranks is not None:
             pool = ranks.smallest(pool)
         on_loading(f"allocating {pool.num_pages:,} KV pages")
-        self._runner: Runner = ModelRunner(
+        runner = ModelRunner(
             prepared.forward,
             prepared.layers,
             num_pages=pool.num_pages,
@@ -108,11 +111,28 @@ class EngineCore:
             dtype=dtype,
             device=device,
             profile=profile,
-            attention_backend=None if config.native else "torch",
+            attention_backend="torch" if device.type == "cpu" and not config.native else None,
         )
+        if config.cuda_graphs and device.type == "cuda" and ranks is None:
+            try:
+                capture_graphs(
+                    runner,
+                    cuda_capture(),
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=pool.max_model_len,
+                    num_pages=pool.num_pages,
+                    vocab_size=hf.get_text_config().vocab_size,
+                    dtype=dtype,
+                    progress=on_loading,
+                )
+            except GraphError as e:
+                log.warning("decode steps run without CUDA graphs, and slower: %s", e)
+        self._runner: Runner = runner
         self._config = config
         self._make_proposer = make_proposer
         self._step_time = StepTimeModel()
+        self._overlap = ranks is None and (device.type == "cuda" if config.overlap is None else config.overlap)
+        self._ahead: Flight | None = None
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
@@ -155,7 +175,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work or self._constrained.num_held > 0
+        return self._scheduler.has_work or self._constrained.num_held > 0 or self._ahead is not None
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; the answer, if there is one, is its refusal."""
@@ -179,30 +199,16 @@ class EngineCore:
         self._constrained.drop(request_id)
 
     def step(self) -> list[EngineOutput]:
-        """One round: schedule -> run -> postprocess."""
-        begin = time.perf_counter()
-        refused = self._queue_compiled()
-        batch = self._scheduler.schedule(time.monotonic())
-        if not batch.chunks:
-            return refused
-        features = step_features(batch)
-        ready = time.perf_counter()
-        try:
-            sampled = self._run(batch)
-        except Exception as e:
-            log.exception("a step of %d sequences failed", len(batch.chunks))
-            return refused + self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
-        done = time.perf_counter()
-        outputs = self._postprocess(batch, sampled)
-        end = time.perf_counter()
-        self._step_time.observe(features, 1000 * (end - begin))
-        self._steps += 1
-        self._forward_s += done - ready
-        if self._ridge is not None and all(chunk.length == 1 for chunk in batch.chunks):
-            self._ridge.observe(sum(chunk.num_samples for chunk in batch.chunks), done - ready)
-            self._scheduler.ridge = self._ridge.ridge
-        self._overhead_s += end - done + ready - begin
-        return refused + outputs
+        """One round: schedule -> run -> postprocess. With overlap the next batch runs before this one is read."""
+        begin, forward_s = time.perf_counter(), self._forward_s
+        outputs = self._queue_compiled()
+        flight = self._ahead or self._launch(self._scheduler.schedule(time.monotonic()))
+        if flight is None:
+            return outputs
+        self._ahead = self._launch_ahead(flight) if self._overlap else None
+        outputs += self._land(flight)
+        self._note_time(flight, time.perf_counter() - begin, self._forward_s - forward_s)
+        return outputs
 
     def stats(self) -> EngineStats:
         """The counters now."""
@@ -222,6 +228,17 @@ class EngineCore:
                 outputs.append(refused)
         return outputs
 
+    def _note_time(self, flight: Flight, step_s: float, forward_s: float) -> None:
+        """Count a step that went well, and let the models learn from it."""
+        self._steps += 1
+        self._overhead_s += step_s - forward_s
+        if isinstance(flight.choices, Exception):
+            return
+        self._step_time.observe(flight.features, 1000 * step_s)
+        if self._ridge is not None and all(chunk.length == 1 for chunk in flight.batch.chunks):
+            self._ridge.observe(flight.features.num_samples, forward_s)
+            self._scheduler.ridge = self._ridge.ridge
+
     def _new_scheduler(self) -> Scheduler:
         config = SchedulerConfig(
             max_num_seqs=self._config.max_num_seqs,
@@ -240,17 +257,46 @@ class EngineCore:
         grammar = self._constrained.state(request.request_id)
         return proposer if grammar is None else GrammarDrafts(proposer, grammar)
 
-    def _run(self, batch: ScheduledBatch) -> dict[str, Seq[Sampled]]:
-        """Forward pass and sampling; the choices of each sequence that samples, as far as its drafts hold."""
-        sampling = [chunk for chunk in batch.chunks if chunk.samples]
-        masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling)
-        logits = self._runner.run(
-            [Chunk(c.token_ids, c.start, c.sequence.block_table, c.num_samples) for c in batch.chunks]
-        )
-        allowed = masks()
-        rows = [row for c in sampling for row in _rows(c, allowed.get(c.sequence.request_id))]
-        choices = iter(sample(logits, rows, native=self._config.native))
-        return {c.sequence.request_id: _verified(c.drafts, list(islice(choices, c.num_samples))) for c in sampling}
+    def _launch(self, batch: ScheduledBatch, before: Flight | None = None) -> Flight | None:
+        """Issue the forward pass and the sampling of a batch, if there is anything in it.
+
+        Args:
+            batch: As scheduled.
+            before: The step that samples the batch's tokens, if it is one ahead.
+        """
+        if not batch.chunks:
+            return None
+        begin, features = time.perf_counter(), step_features(batch)
+        try:
+            masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling(batch))
+            logits = self._runner.run(chunks(batch), None if before is None else before.tokens_of(batch))
+            allowed = masks()
+            wanted = [row for c in sampling(batch) for row in rows(batch, c, allowed.get(c.sequence.request_id))]
+            return Flight(batch, features, sample(logits, wanted, native=self._config.native))
+        except Exception as e:
+            return Flight(batch, features, e)  # it is told when this step's turn has come
+        finally:
+            self._forward_s += time.perf_counter() - begin
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """Launch the step after the one in flight, where that need not wait for its tokens."""
+        ahead = None if isinstance(flight.choices, Exception) else self._scheduler.schedule_ahead()
+        return None if ahead is None else self._launch(ahead, flight)
+
+    def _land(self, flight: Flight) -> list[EngineOutput]:
+        """Wait for a step's tokens, and say what it did."""
+        begin = time.perf_counter()
+        try:
+            sampled = flight.result()
+        except Exception as e:
+            log.exception("a step of %d sequences failed", len(flight.batch.chunks))
+            return self._recover(flight.batch, f"The engine's step failed: {type(e).__name__}: {e}")
+        finally:
+            self._forward_s += time.perf_counter() - begin
+        outputs = self._postprocess(flight.batch, sampled)
+        if self._ahead is not None:
+            self._scheduler.confirm(self._ahead.batch)
+        return outputs
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
@@ -282,7 +328,9 @@ class EngineCore:
 
         What the failed step has written to its pages is unknown, so nothing of the cache is kept.
         """
-        failed = {chunk.sequence.request_id for chunk in batch.chunks}
+        self._ahead = None  # its sequences are all of this batch
+        running = (c.sequence for c in batch.chunks if c.sequence.status is SequenceStatus.RUNNING)
+        failed = {sequence.request_id for sequence in running}
         for request_id in failed:
             self._constrained.drop(request_id)
         others = [s for s in self._scheduler.sequences if s.request_id not in failed]
@@ -292,20 +340,6 @@ class EngineCore:
             outputs = sequence.token_ids[len(sequence.request.prompt_ids) :]
             self._scheduler.add(replace(sequence.request, output_ids=outputs), now_s)
         return [EngineOutput(request_id, error=("internal_error", message)) for request_id in failed]
-
-
-def _rows(chunk: ScheduledChunk, masks: Masks | None) -> Iterator[Row]:
-    """The rows of a chunk that samples, one after each number of its drafts."""
-    sequence, drafts = chunk.sequence, chunk.drafts
-    params, num_prompt = sequence.request.sampling, len(sequence.request.prompt_ids)
-    for i in range(chunk.num_samples):
-        yield Row(params, sequence.token_ids, num_prompt, drafts[:i], None if masks is None else masks[i])
-
-
-def _verified(drafts: Seq[int], choices: Seq[Sampled]) -> Seq[Sampled]:
-    """The choices up to the first that is not its draft; what follows was computed after a wrong token."""
-    num_right = next((i for i, (d, c) in enumerate(zip(drafts, choices, strict=False)) if d != c.token), len(drafts))
-    return choices[: num_right + 1]
 
 
 def _why_no_token(grammar: GrammarState | None) -> tuple[str, str]:

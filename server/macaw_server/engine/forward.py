@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 from macaw_kernels.cpu.decoder import NativeDecoder
-from macaw_server.engine.attention import BatchContext, current_batch
+from macaw_server.engine.attention import ATTENTION_NAME, BatchContext, current_batch, paged_attention
 
 
 class ForwardPass(Protocol):
@@ -39,6 +41,12 @@ class StockForward:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def compile(self) -> None:
+        """Have `torch.compile` work on the modules; the attention, a kernel already, breaks its graphs."""
+        attention = torch.compiler.disable(paged_attention)  # type: ignore[no-untyped-call]
+        AttentionInterface.register(ATTENTION_NAME, attention)
+        self.model.compile(dynamic=True)
 
     def __call__(self, token_ids: Tensor, positions: Tensor, batch: BatchContext, rows: Tensor) -> Tensor:
         """See `ForwardPass`."""

@@ -42,7 +42,7 @@ _TIMEOUT = timedelta(hours=2)
 class Runner(Protocol):
     """What computes a step; see `ModelRunner`."""
 
-    def run(self, chunks: Seq[Chunk]) -> Tensor:
+    def run(self, chunks: Seq[Chunk], token_ids: Tensor | None = None) -> Tensor:
         """The logits of the chunks' samples."""
         ...
 
@@ -166,8 +166,9 @@ class LeadingRunner:
         self._runner = runner
         self._links = seat.links
 
-    def run(self, chunks: Seq[Chunk]) -> Tensor:
+    def run(self, chunks: Seq[Chunk], token_ids: Tensor | None = None) -> Tensor:
         """See `ModelRunner`. An error ends this process."""
+        assert token_ids is None, "no step of several ranks is launched ahead"
         with _to_the_end(0):
             step = pickle.dumps(chunks, protocol=pickle.HIGHEST_PROTOCOL)
             for link in self._links:

@@ -2,8 +2,8 @@
 
 transformers lets us replace a model's attention, but not every architecture goes through the replacement, and some do
 and still compute something else. So every model first answers the same short prompts twice, stock and paged; and a
-third time by the native decoder, where there is one. A model that routes tokens to experts, and whose logits differ in
-half precision, is compared layer by layer (`layerwise`).
+third time by the native decoder, where there is one. Captured graphs are checked in the same way. A model that routes
+tokens to experts, and whose logits differ in half precision, is compared layer by layer (`layerwise`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from macaw_server.engine.attention import (
     current_batch,
 )
 from macaw_server.engine.forward import ForwardPass, NativeForward, StockForward
+from macaw_server.engine.graphs import Capture, GraphError
 from macaw_server.engine.memory import fast_bfloat16
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.errors import ConfigError, ModelLoadError
@@ -83,7 +84,8 @@ def prepare(model: nn.Module, config: EngineConfig, profile: ProfileOf, max_mode
     with torch.inference_mode(), _quick_products(model):
         stock = [_stock_logits(model, prompt) for prompt in prompts]
         forward = StockForward(model)
-        attention_backend = None if config.native else "torch"
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        attention_backend = "torch" if on_cpu and not config.native else None
         tolerance = _TOLERANCE[next(model.parameters()).dtype]
         try:
             batch = _discover(model)
@@ -114,7 +116,15 @@ def prepare(model: nn.Module, config: EngineConfig, profile: ProfileOf, max_mode
                     f"have it: {e}. Serve without --quantization."
                 ) from e
             log.info("%s runs on transformers' own modules, not on the native CPU decoder: %s", config.model, e)
+            if config.torch_compile:
+                answers = partial(_paged_logits, model, forward, layers, prompts, profile, attention_backend)
+                _compile(forward, config, answers, stock)
             return Prepared(layers, forward, "transformers", weight_bytes)
+    if config.torch_compile:
+        raise ConfigError(
+            f"--torch-compile is for transformers' modules, and {config.model} runs on the native CPU decoder. Serve "
+            "without --torch-compile, or with --no-native."
+        )
     log.info(
         "%s runs on the native CPU decoder with %s weights; logits of a probe differ from transformers' by %.2g "
         "standard deviations",
@@ -124,6 +134,73 @@ def prepare(model: nn.Module, config: EngineConfig, profile: ProfileOf, max_mode
     )
     free_weights(model)
     return Prepared(layers, NativeForward(decoder), "native", decoder.weight_bytes)
+
+
+def _compile(
+    forward: StockForward, config: EngineConfig, paged_logits: Callable[[], Seq[Tensor]], stock: Seq[Tensor]
+) -> None:
+    """Compile the modules, which must answer as before.
+
+    Raises:
+        ConfigError: They cannot be compiled, or answer something else.
+    """
+    forward.compile()
+    try:
+        error = _error(paged_logits(), stock)
+    except Exception as e:
+        raise ConfigError(f"--torch-compile: {config.model} cannot be compiled. {type(e).__name__}: {e}") from e
+    if not error <= (tolerance := _TOLERANCE[next(forward.model.parameters()).dtype]):
+        raise ConfigError(
+            f"--torch-compile: compiled, {config.model} answers otherwise: logits are off by {error:.2g} standard "
+            f"deviations (accepted: {tolerance:g}). Serve without it."
+        )
+
+
+def capture_graphs(
+    runner: ModelRunner,
+    capture: Capture,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_pages: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Capture the decode steps of all sizes, and check that each says what it says without a graph.
+
+    Args:
+        runner: Of a model whose pages are nobody's yet.
+        capture: Makes a graph.
+        max_num_seqs: The largest batch.
+        max_model_len: The longest sequence, in tokens.
+        num_pages: Of the runner.
+        vocab_size: Of the model.
+        dtype: Of the model.
+        progress: Told what is going on.
+
+    Raises:
+        GraphError: They are no use for this model, and the message says why; the runner is left without.
+    """
+    ids = [(7919 * i + 13) % vocab_size for i in range(2 * max_num_seqs)]
+
+    def step(position: int, num_seqs: int) -> list[Chunk]:
+        tokens = ids[position * num_seqs :]
+        return [Chunk(tokens[i : i + 1], position, [i], 1) for i in range(num_seqs)]
+
+    try:
+        sizes = runner.use_graphs(capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        for i, size in enumerate(reversed(sizes)):  # the largest first: the others find room in its memory
+            progress(f"capturing decode steps as graphs: batch {size} ({i + 1} of {len(sizes)})")
+            num_seqs = min(size if size - 1 in (0, *sizes) else size - 1, num_pages)  # filled up where there is a gap
+            runner.run(step(0, num_seqs))
+            stock = runner.run(step(1, num_seqs), graphs=False)
+            error = _error(list(runner.run(step(1, num_seqs))), list(stock))
+            if not error <= (tolerance := _TOLERANCE[dtype]):
+                raise GraphError(f"logits of batch {size} are {error:.2g} standard deviations off (of {tolerance:g})")
+    except Exception as e:
+        runner.drop_graphs()
+        raise e if isinstance(e, GraphError) else GraphError(f"{type(e).__name__}: {e}") from e
 
 
 def _native(model: nn.Module, config: EngineConfig, layers: dict[int, LayerSpec], max_model_len: int) -> NativeDecoder:

@@ -12,6 +12,7 @@ from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
 from macaw_server.kvcache import Blocked, KVCache
 from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
+from macaw_server.scheduler.lookahead import look_ahead
 from macaw_server.scheduler.policy import Policy, make_policy
 from macaw_server.scheduler.speculation import NO_GUESS, Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
 from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
@@ -170,6 +171,24 @@ class Scheduler:
             self._speculate(batch)
         assert batch.chunks or not self.has_work, f"{len(self._sequences)} sequences and nothing to run"
         return batch
+
+    def schedule_ahead(self) -> ScheduledBatch | None:
+        """Decide what runs after the step in flight, before its tokens are known; None where that must wait for them.
+
+        The batch is run right after the one in flight. When the tokens of that one are known, the caller reports them
+        by `update`, then calls `confirm`, and does not `schedule` before it has reported the batch's own tokens too.
+        """
+        num_waiting = len(self._sequences) - len(self._running)
+        if self.config.max_draft_tokens or (num_waiting and len(self._running) < self.config.max_num_seqs):
+            return None
+        running = self._running.values()
+        return look_ahead(running, self.kv_cache, max_len=self._max_len, anybody_waits=num_waiting > 0)
+
+    def confirm(self, ahead: ScheduledBatch) -> None:
+        """Count the tokens of a batch of `schedule_ahead` as computed, of those that still take part."""
+        for chunk in ahead.chunks:
+            if chunk.sequence.status is SequenceStatus.RUNNING:
+                self.kv_cache.mark_computed(chunk.sequence.pages, chunk.length)
 
     def update(
         self, batch: ScheduledBatch, sampled: Mapping[str, Seq[int]], complete: Collection[str] = ()

@@ -167,11 +167,13 @@ class ScheduledBatch:
             compute.
         admitted: Sequences that enter a batch for the first time: their `cached_tokens` is news.
         preempted: Sequences that lost their pages for the sake of others.
+        ahead: The token of each chunk is what the step in flight samples, and not known yet.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    ahead: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -29,19 +29,19 @@ def tokens(outputs: list[EngineOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
-@pytest.fixture
-def core() -> EngineCore:
-    return EngineCore(EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=2))
+@pytest.fixture(params=[False, True], ids=["one-by-one", "overlap"])
+def core(request: pytest.FixtureRequest) -> EngineCore:
+    return EngineCore(EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=2, overlap=request.param))
 
 
-def broken_at(step: int, run: Callable[[Any], torch.Tensor], how: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def broken_at(step: int, run: Callable[..., torch.Tensor], how: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`run`, whose result in one step goes through `how`."""
     count = 0
 
-    def broken(chunks: Any) -> torch.Tensor:
+    def broken(*args: Any) -> torch.Tensor:
         nonlocal count
         count += 1
-        logits = run(chunks)
+        logits = run(*args)
         return how(logits) if count == step else logits
 
     return broken

@@ -26,7 +26,7 @@ def _each_way(request: pytest.FixtureRequest) -> None:
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
-    return sampler.sample(logits, rows, **_kernels)
+    return sampler.sample(logits, rows, **_kernels).result()
 
 
 def draw(num: int, *, output: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: float) -> Counter[int]:
@@ -107,6 +107,13 @@ def test_a_row_behind_drafts_is_the_row_that_has_them_as_output() -> None:
         assert sample(LOGITS.clone()[None], [behind]) == sample(LOGITS.clone()[None], [plain])
 
 
+def test_a_row_ahead_of_an_unknown_token_draws_as_if_it_were_known() -> None:
+    params = SamplingParams(9, seed=3, min_tokens=3, stop_token_ids=frozenset({1}), logit_bias={2: 0.5}, logprobs=1)
+    for n in range(1, 6):
+        ahead, plain = Row(params, (0,) * n, 1, num_ahead=1), Row(params, (0,) * n + (4,), 1)
+        assert sample(LOGITS.clone()[None], [ahead]) == sample(LOGITS.clone()[None], [plain])
+
+
 def test_penalties_and_bias() -> None:
     assert draw(1, temperature=0, output=(0,), presence_penalty=2.0) == {1: 1}
     assert draw(1, temperature=0, output=(0, 0, 0), frequency_penalty=0.3) == {1: 1}
@@ -146,6 +153,18 @@ def test_logprobs_are_the_models_own() -> None:
     assert [token for token, _ in choice.logprobs.top] == [0, 1]
 
 
+def test_each_row_reports_as_many_logprobs_as_it_asked_for() -> None:
+    wanted = [None, 0, 3, None, 1]
+    rows = [Row(SamplingParams(9, temperature=0, logprobs=n), (0,), 1) for n in wanted]
+    choices = sample(torch.stack([LOGITS.roll(i) for i in range(5)]), rows)
+    assert [choice.token for choice in choices] == [0, 1, 2, 3, 4]
+    assert [choice.logprobs and len(choice.logprobs.top) for choice in choices] == wanted
+    top = choices[2].logprobs
+    assert top is not None
+    assert [token for token, _ in top.top] == [2, 3, 4]
+    assert top.logprob == top.top[0][1]
+
+
 def test_logprobs_of_ruled_out_tokens_are_finite() -> None:
     logits = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     choice = sample(logits, [Row(SamplingParams(9, temperature=0, logprobs=2), (0,), 1)])[0]
@@ -178,8 +197,8 @@ def test_native_and_torch_choose_the_same_tokens() -> None:
         if seed % 3 == 0:
             mask = np.array([rng.getrandbits(32) for _ in range(-(-vocab // 32))], dtype=np.uint32).view(np.int32)
         rows.append(Row(SamplingParams(max_tokens=9, **params(seed)), (0,), 1, mask=mask))
-    native = sampler.sample(logits.clone(), rows, native=True)
-    by_torch = sampler.sample(logits.clone(), rows, native=False)
+    native = sampler.sample(logits.clone(), rows, native=True).result()
+    by_torch = sampler.sample(logits.clone(), rows, native=False).result()
     assert sum(a != b for a, b in zip(native, by_torch, strict=True)) <= 4
 
 

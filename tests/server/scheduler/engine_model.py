@@ -95,6 +95,7 @@ class EngineModel:
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
         cache: KVCache | None = None,
+        overlap: bool = False,
     ) -> None:
         config = SchedulerConfig(
             max_num_seqs,
@@ -110,6 +111,9 @@ class EngineModel:
         self.scheduler = Scheduler(config, self.cache, policy, make_proposer, step_time)
         self.memory = KVMemory(self.cache)
         self.sampler = sampler
+        self.overlap = overlap
+        self.ahead: ScheduledBatch | None = None
+        self.num_ahead = 0
         self.now_s = 1.0
         self.sequences: dict[str, Sequence] = {}
         self.admitted: set[str] = set()
@@ -127,14 +131,17 @@ class EngineModel:
         return sequence
 
     def step(self) -> ScheduledBatch:
-        before = self.memory.ready_prefixes()
-        batch = self.scheduler.schedule(self.now_s)
+        """A round; with overlap the batch after this one runs before the tokens of this one are reported."""
+        batch = self.ahead or self._schedule()
         self.now_s += 0.01
-        held = self.memory.prefixes()  # what was ready before and has not been evicted since
-        self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
         self.cache.check()
         sampled = {c.sequence.request_id: self._sample(c) for c in batch.chunks if c.samples}
+        self.ahead = self.scheduler.schedule_ahead() if self.overlap else None
+        if self.ahead is not None:
+            self._run_ahead(self.ahead, sampled)
         self.finished += [sequence.request_id for sequence in self.scheduler.update(batch, sampled)]
+        if self.ahead is not None:
+            self.scheduler.confirm(self.ahead)
         self.memory.ready_prefixes()
         self.cache.check()
         for sequence in (chunk.sequence for chunk in batch.chunks if chunk.drafts):
@@ -142,6 +149,24 @@ class EngineModel:
                 assert len(sequence.block_table) == -(-sequence.num_computed // self.cache.page_size)
                 assert sequence.num_uncomputed == 1
         return batch
+
+    def _schedule(self) -> ScheduledBatch:
+        before = self.memory.ready_prefixes()
+        batch = self.scheduler.schedule(self.now_s)
+        held = self.memory.prefixes()  # what was ready before and has not been evicted since
+        self._run(batch, {end: page for end, page in before.items() if held.get(end) == page})
+        return batch
+
+    def _run_ahead(self, batch: ScheduledBatch, sampled: dict[str, list[int]]) -> None:
+        """Each sequence that runs takes part with the token that it is about to get, or is sure to end with it."""
+        self.num_ahead += 1
+        assert batch.chunks
+        for sequence in (chunk.sequence for chunk in batch.chunks):
+            assert sequence.status is SequenceStatus.RUNNING
+            tokens = sequence.token_ids + sampled[sequence.request_id]
+            hashes = prefix_hashes(sequence.request.salt, tokens)
+            self.memory.check(sequence.block_table, hashes, len(tokens) - 1)
+            self.memory.write(sequence.block_table, hashes, len(tokens) - 1, len(tokens))
 
     def _sample(self, chunk: ScheduledChunk) -> list[int]:
         """The drafts that are right, and the token after them."""

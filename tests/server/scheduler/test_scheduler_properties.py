@@ -26,6 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ridge=st.sampled_from([1.0, 1e6]),
         latency_slowdown=st.sampled_from([1.0, 1.5, 1e6]),
         noise=st.sampled_from([0.0, 0.3, 1.0]),
+        overlap=st.booleans(),
     )
     def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
         strategy = make_policy(policy)
