@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _RIDGE = {"cpu": 8.0, "cuda": 128.0}
 """`--speculative-ridge` by device."""
+_AHEAD_ROWS = {"cpu": 0, "cuda": 64}
+"""`--ahead-rows` by device: on a CPU already the second row of a step costs what it costs in a long prefill."""
 
 
 class EngineCore:
@@ -136,11 +138,11 @@ class EngineCore:
         begin = time.perf_counter()
         refused = self._queue_compiled()
         batch = self._scheduler.schedule(time.monotonic())
-        if not batch.chunks:
+        if not batch.chunks and not batch.finished:
             return refused
         ready = time.perf_counter()
         try:
-            sampled = self._run(batch)
+            sampled = self._run(batch) if batch.chunks else {}
         except Exception as e:
             log.exception("a step of %d sequences failed", len(batch.chunks))
             return refused + self._recover(batch, f"The engine's step failed: {type(e).__name__}: {e}")
@@ -169,12 +171,14 @@ class EngineCore:
         return outputs
 
     def _new_scheduler(self) -> Scheduler:
+        device = torch.device(self.info.device).type
         config = SchedulerConfig(
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
             max_model_len=self.info.max_model_len,
             max_draft_tokens=self._config.speculative_tokens,
-            ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
+            ridge=self._config.speculative_ridge or _RIDGE[device],
+            ahead_rows=_AHEAD_ROWS[device] if self._config.ahead_rows is None else self._config.ahead_rows,
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
@@ -199,7 +203,8 @@ class EngineCore:
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
-        outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted}
+        taken_up = (*batch.admitted, *batch.finished)
+        outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in taken_up}
         tokens: dict[str, list[int]] = {}
         complete: set[str] = set()
         for request_id, choices in sampled.items():
@@ -218,7 +223,8 @@ class EngineCore:
             tokens[request_id] = output.token_ids = chosen
             output.logprobs = [c.logprobs for c in choices[: len(chosen)] if c.logprobs is not None] or None
         for sequence in self._scheduler.update(batch, tokens, complete):
-            outputs[sequence.request_id].finish_reason = sequence.finish_reason
+            output = outputs.setdefault(sequence.request_id, EngineOutput(sequence.request_id))
+            output.finish_reason = sequence.finish_reason
             self._constrained.drop(sequence.request_id)
         return list(outputs.values())
 

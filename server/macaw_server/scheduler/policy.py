@@ -17,6 +17,7 @@ AGEING_S = 30.0
 long plus the time to serve what came before it."""
 
 Key = tuple[float, ...]
+Order = tuple[bool, Key, int]
 
 
 class Policy(ABC):
@@ -34,12 +35,12 @@ class Policy(ABC):
     def key(self, sequence: Sequence) -> Key:
         """Its place among those that have not aged; smaller goes first. Does not change while it waits."""
 
-    def order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+    def order(self, sequence: Sequence, now_s: float) -> Order:
         """Its place among all at this moment; smaller goes first."""
         aged = now_s - sequence.arrival_s > self.ageing_s
         return not aged, (sequence.arrival_s,) if aged else self.key(sequence), sequence.number
 
-    def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+    def preemption_order(self, sequence: Sequence, now_s: float) -> Order:
         """Whoever is largest loses its pages first.
 
         The default preempts in reverse of the admission order: the first in order is never preempted while

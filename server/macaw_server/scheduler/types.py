@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from macaw_server.engine.types import EngineRequest, FinishReason
+from macaw_server.engine.types import CallClass, EngineRequest, FinishReason
 from macaw_server.kvcache import Allocation
 from macaw_server.scheduler.speculation import Drafter
 
@@ -34,6 +34,8 @@ class SchedulerConfig:
         max_prefill_chunk: Prompt tokens of one sequence in one step; None leaves it to the budget.
         max_draft_tokens: Draft tokens of one sequence in one step; 0 is no speculation.
         ridge: Rows of a step that cost as much as the step does without any; see `speculation`.
+        max_ahead_seqs: Sequences of class AHEAD that hold pages at one time.
+        ahead_rows: Tokens up to which they fill steps with other work.
     """
 
     max_num_seqs: int
@@ -42,6 +44,8 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = None
     max_draft_tokens: int = 0
     ridge: float = 8.0
+    max_ahead_seqs: int = 8
+    ahead_rows: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -71,6 +75,7 @@ class Sequence:
         cached_tokens: Prompt tokens found in the cache when it first entered a batch.
         num_preemptions: How often it lost its pages.
         drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
+        patron: The most urgent of those that wait for a prefix which this one computes.
     """
 
     request: EngineRequest
@@ -83,6 +88,7 @@ class Sequence:
     cached_tokens: int | None = None
     num_preemptions: int = 0
     drafter: Drafter | None = None
+    patron: Sequence | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_ids + self.request.output_ids
@@ -91,6 +97,11 @@ class Sequence:
     def request_id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it yields to everybody."""
+        return self.request.hints.call_class is CallClass.AHEAD
 
     @property
     def pages(self) -> Allocation:
@@ -157,11 +168,13 @@ class ScheduledBatch:
             compute.
         admitted: Sequences that enter a batch for the first time: their `cached_tokens` is news.
         preempted: Sequences that lost their pages for the sake of others.
+        finished: Sequences that need no step: all that they would have computed ahead is cached.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

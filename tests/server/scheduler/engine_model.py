@@ -37,10 +37,11 @@ def request(
     call_class: CallClass = CallClass.LATENCY,
     depth: int = 0,
     arrival_s: float = 0.0,
+    prefill_only: bool = False,
 ) -> EngineRequest:
     sampling = SamplingParams(max_tokens, stop_token_ids=stop, min_tokens=min_tokens)
     hints = CallHints(call_class=call_class, depth=depth, arrival_s=arrival_s)
-    return EngineRequest(request_id, prompt, sampling, salt, hints, list(output))
+    return EngineRequest(request_id, prompt, sampling, salt, hints, list(output), prefill_only)
 
 
 def sample(tokens: list[int]) -> int:
@@ -51,13 +52,14 @@ def sample(tokens: list[int]) -> int:
 def generate(asked: EngineRequest, max_len: int, sampler: Callable[[list[int]], int] = sample) -> list[int]:
     """The outputs that a request must get, whatever happens around it."""
     tokens, sampling = asked.prompt_ids + asked.output_ids, asked.sampling
-    while True:
+    while not asked.prefill_only:
         output = tokens[len(asked.prompt_ids) :]
         if output and output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
             return output
         if len(output) >= sampling.max_tokens or len(tokens) >= max_len:
             return output
         tokens = [*tokens, sampler(tokens)]
+    return []
 
 
 class NoisyOracle:
@@ -164,7 +166,7 @@ class EngineModel:
             assert len(chunk.drafts) <= (config.max_draft_tokens if chunk.samples else 0)
             assert not set(chunk.drafts) & sequence.request.sampling.stop_token_ids
             assert 1 <= chunk.length <= (config.max_prefill_chunk or chunk.length)
-            assert chunk.samples == (end == len(tokens))
+            assert chunk.samples == (end == len(tokens) and not sequence.request.prefill_only)
             hashes = prefix_hashes(sequence.request.salt, [*tokens, *chunk.drafts])
             self.memory.check(sequence.block_table, hashes, start)  # computed before, or by an earlier chunk
             self.memory.write(sequence.block_table, hashes, start, end + len(chunk.drafts))
@@ -183,7 +185,7 @@ class EngineModel:
         output = sequence.token_ids[len(sequence.request.prompt_ids) :]
         assert output == expected, f"{sequence.request_id}: {output}, expected {expected}"
         sampling = sequence.request.sampling
-        stopped = len(output) > sampling.min_tokens and output[-1] in sampling.stop_token_ids
+        stopped = bool(output) and len(output) > sampling.min_tokens and output[-1] in sampling.stop_token_ids
         assert sequence.finish_reason == ("stop" if stopped else "length")
 
     def check_no_leak(self) -> None:

@@ -49,10 +49,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         salt=st.sampled_from(["", "", "tenant"]),
         call_class=st.sampled_from(CallClass),
+        prefill_only=st.booleans(),
         depth=st.integers(0, 2),
         copies=st.integers(1, 3),
     )
     def add(self, family, shared, own, output, copies, **kwargs):
+        if kwargs["call_class"] is CallClass.AHEAD:  # nothing else is asked for ahead of time
+            kwargs["prefill_only"] = True
+        output = [] if kwargs["prefill_only"] else output
         prompt = (family[:shared] + own)[: self.engine.max_len - 1] or [0]
         for _ in range(copies):
             self.engine.add(f"r{len(self.engine.sequences)}", prompt, output=tuple(output), **kwargs)

@@ -172,6 +172,7 @@ class ScriptedEngine:
 
 
 def make_service(engine, **config):
+    config = {"prefill_ahead": False, **config}
     return ProgramService([ServedModel(MODEL, tokenizer(), engine, 1700000000)], ServiceConfig(**config))
 
 
