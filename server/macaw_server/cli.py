@@ -106,6 +106,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default in (None, ()) else f" (default: {field.default})"
     text = f"{field.description}{default}"
     kind: Any = field.annotation
+    if kind is bool:
+        option = typer.Option(f"{_flag(name)}/{_flag('no_' + name)}", help=text, show_default=False)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, option]
+        )
     if get_origin(kind) is tuple:
         kind = list[str]
     elif get_origin(kind) is not Literal:

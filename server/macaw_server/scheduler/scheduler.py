@@ -313,6 +313,7 @@ class Scheduler:
             return
         while followers and (num_pages is None or followers[0][0] <= num_pages):
             follower = heapq.heappop(followers)[-1]
+            owner.patron = None if owner.patron is follower else owner.patron
             if follower.status is SequenceStatus.BLOCKED:
                 follower.status = SequenceStatus.WAITING
                 self._queue_of(follower).push(follower)

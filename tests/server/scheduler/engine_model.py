@@ -91,13 +91,22 @@ class EngineModel:
         max_prefill_chunk: int | None = None,
         max_draft_tokens: int = 0,
         ridge: float = 1e6,
+        max_ahead_seqs: int = 8,
+        ahead_rows: int = 0,
         make_proposer: ProposerFactory = prompt_lookup,
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
         cache: KVCache | None = None,
     ) -> None:
         config = SchedulerConfig(
-            max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk, max_draft_tokens, ridge
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            max_prefill_chunk,
+            max_draft_tokens,
+            ridge,
+            max_ahead_seqs,
+            ahead_rows,
         )
         self.cache = cache or KVCache(num_pages, page_size)
         policy = make_policy(policy) if isinstance(policy, str) else policy

@@ -23,6 +23,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_draft_tokens=st.sampled_from([0, 1, 5]),
         ridge=st.sampled_from([1.0, 1e6]),
         noise=st.sampled_from([0.0, 0.3, 1.0]),
+        max_ahead_seqs=st.integers(1, 3),
+        ahead_rows=st.sampled_from([0, 4, 100]),
     )
     def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
         strategy = make_policy(policy)
