@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 from macaw.protocol import CallState, ProgramState
 
-_QUEUED, _PREFILL, _DECODE = "·", "▒", "█"
+_AHEAD, _QUEUED, _PREFILL, _DECODE = "░", "·", "▒", "█"
 _ROW, _LABEL_X, _BARS_WIDTH, _CHARACTER = 24, 16, 560, 7.4
 _STYLE = """
 .page{fill:#ffffff;stroke:#d0d7de}text{font-size:12px;font-family:Menlo,Consolas,monospace;fill:#1f2328}
@@ -37,7 +37,7 @@ class Timeline:
 
 
 def render_timeline(state: ProgramState, width: int = 100) -> str:
-    """Draw one bar per call: waiting in the queue, prefilling, writing its answer.
+    """Draw one bar per call: prefilled ahead, waiting in the queue, prefilling, writing its answer.
 
     Args:
         state: From `MacawClient.get_program`.
@@ -53,7 +53,8 @@ def render_timeline(state: ProgramState, width: int = 100) -> str:
     lines = [
         f"{'':{label_width}}0 ms{f'{end:,.0f} ms':>{columns - 4}}",
         *(_line(call, label_width, columns, end, call.id in critical) for call in calls),
-        f"{'':{label_width}}{_QUEUED} queued   {_PREFILL} prefill   {_DECODE} decode   * critical path",
+        f"{'':{label_width}}{_AHEAD} prefilled ahead   {_QUEUED} queued   {_PREFILL} prefill   {_DECODE} decode   "
+        "* critical path",
     ]
     return "\n".join(lines)
 
@@ -121,7 +122,13 @@ def _spent(call: CallState) -> str:
 def _line(call: CallState, label_width: int, columns: int, end: float, critical: bool) -> str:
     t = call.timings
     bar = [" "] * columns
-    marks = [(t.ready_ms, _QUEUED), (t.started_ms, _PREFILL), (t.first_token_ms, _DECODE), (t.completed_ms, " ")]
+    marks = [
+        (t.ahead_ms, _AHEAD),
+        (t.ready_ms, _QUEUED),
+        (t.started_ms, _PREFILL),
+        (t.first_token_ms, _DECODE),
+        (t.completed_ms, " "),
+    ]
     known = [(at, mark) for at, mark in marks if at is not None]
     for (start, mark), (stop, _) in pairwise(known):
         first = min(int(start / end * columns), columns - 1)

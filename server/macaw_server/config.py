@@ -111,6 +111,11 @@ class EngineConfig(BaseModel):
         description="Tokens of a step that cost as much to compute as the weights cost to read: "
         "the fewer, the surer a draft must be; default: measured.",
     )
+    ahead_rows: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Prompts of calls to come are prefilled beside other work in steps of up to so many tokens, "
+        "and else when there is none; default by device.",
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )
@@ -132,6 +137,12 @@ class ServerConfig(EngineConfig, BaseSettings):
     served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
     max_live_calls: int = Field(default=4096, ge=1, description="Calls waiting or running; more are refused with 429.")
+    prefill_ahead: bool = Field(
+        default=True, description="Prefill the constant beginnings of prompts that still wait for a variable."
+    )
+    pipelining: bool = Field(
+        default=True, description="Prefill a call's prompt while the answer that it waits for is still being written."
+    )
     shutdown_timeout_s: float = Field(
         default=30.0,
         ge=0,

@@ -85,6 +85,8 @@ async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
             api_keys=config.api_key,
             max_body_bytes=config.max_body_size,
             max_live_calls=config.max_live_calls,
+            prefill_ahead=config.prefill_ahead,
+            pipelining=config.pipelining,
         ),
     )
 

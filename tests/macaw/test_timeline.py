@@ -77,3 +77,14 @@ def test_lines_fit_whatever_the_state(width: int) -> None:
 
 def test_a_program_without_calls() -> None:
     assert "0 ms" in render_timeline(program())
+
+
+def test_what_was_prefilled_ahead_is_drawn_before_the_call_was_ready() -> None:
+    ahead = call("a", "completed", 50, 60, 75, 100)
+    ahead.timings.ahead_ms = 25
+    _, line, legend = render_timeline(program(ahead), width=60).splitlines()
+    bar = line[len("a") + 2 :]
+    columns = 60 - len("a") - 2 - 12
+    assert bar.index("░") == columns // 4
+    assert bar.index("·") == columns // 2
+    assert "░ prefilled ahead" in legend

@@ -11,12 +11,25 @@ from macaw.protocol.requests import WireModel
 
 
 class CallTimings(WireModel):
-    """When a call did what, in milliseconds since its program was created; None where it never got there."""
+    """When a call did what, in milliseconds since its program was created; None where it never got there.
 
+    Attributes:
+        ahead_ms: Its prompt began to be prefilled, before it was ready.
+        ready_ms: All its inputs were there.
+        started_ms: The engine took it into a batch.
+        first_token_ms: The first piece of its answer.
+        completed_ms: The end.
+        prefilled_ahead_tokens: Cached tokens of its prompt that had been computed ahead.
+        ahead_saved_ms: What computing these takes, estimated; the call did not wait for it.
+    """
+
+    ahead_ms: float | None = None
     ready_ms: float | None = None
     started_ms: float | None = None
     first_token_ms: float | None = None
     completed_ms: float | None = None
+    prefilled_ahead_tokens: int = 0
+    ahead_saved_ms: float = 0.0
 
 
 class ErrorBody(WireModel):
@@ -63,6 +76,7 @@ class CallStarted(Event):
     queue_ms: float
     prompt_tokens: int
     cached_tokens: int
+    prefilled_ahead_tokens: int = 0
 
 
 class CallDelta(Event):

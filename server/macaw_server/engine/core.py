@@ -29,7 +29,7 @@ from macaw_server.engine.graphs import GraphError, cuda_capture
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.ridge import RidgeEstimate, measured
 from macaw_server.engine.runner import ModelRunner
-from macaw_server.engine.sampler import Sampled, sample
+from macaw_server.engine.sampler import Choices, Sampled, sample
 from macaw_server.engine.tensor_parallel import Runner, TensorParallel
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
 from macaw_server.errors import ConfigError
@@ -44,6 +44,7 @@ from macaw_server.scheduler import (
     Scheduler,
     SchedulerConfig,
     SequenceStatus,
+    StepFeatures,
     StepTimeModel,
     make_policy,
     prompt_lookup,
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from macaw_server.engine.grammar import GrammarState
 
 log = logging.getLogger(__name__)
+
+_AHEAD_ROWS = {"cpu": 0, "cuda": 64}
+"""`--ahead-rows` by device: on a CPU already the second row of a step costs what it costs in a long prefill."""
 
 
 class EngineCore:
@@ -232,7 +236,7 @@ class EngineCore:
         """Count a step that went well, and let the models learn from it."""
         self._steps += 1
         self._overhead_s += step_s - forward_s
-        if isinstance(flight.choices, Exception):
+        if not isinstance(flight.choices, Choices):
             return
         self._step_time.observe(flight.features, 1000 * step_s)
         if self._ridge is not None and all(chunk.length == 1 for chunk in flight.batch.chunks):
@@ -240,6 +244,7 @@ class EngineCore:
             self._scheduler.ridge = self._ridge.ridge
 
     def _new_scheduler(self) -> Scheduler:
+        device = torch.device(self.info.device).type
         config = SchedulerConfig(
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
@@ -247,6 +252,7 @@ class EngineCore:
             max_draft_tokens=self._config.speculative_tokens,
             latency_slowdown=self._config.latency_slowdown,
             ridge=self.ridge,
+            ahead_rows=_AHEAD_ROWS[device] if self._config.ahead_rows is None else self._config.ahead_rows,
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
@@ -265,7 +271,7 @@ class EngineCore:
             before: The step that samples the batch's tokens, if it is one ahead.
         """
         if not batch.chunks:
-            return None
+            return Flight(batch, StepFeatures(), None) if batch.finished else None
         begin, features = time.perf_counter(), step_features(batch)
         try:
             masks = self._constrained.begin_masks((c.sequence.request_id, c.drafts) for c in sampling(batch))
@@ -280,7 +286,7 @@ class EngineCore:
 
     def _launch_ahead(self, flight: Flight) -> Flight | None:
         """Launch the step after the one in flight, where that need not wait for its tokens."""
-        ahead = None if isinstance(flight.choices, Exception) else self._scheduler.schedule_ahead()
+        ahead = self._scheduler.schedule_ahead() if isinstance(flight.choices, Choices) else None
         return None if ahead is None else self._launch(ahead, flight)
 
     def _land(self, flight: Flight) -> list[EngineOutput]:
@@ -300,7 +306,8 @@ class EngineCore:
 
     def _postprocess(self, batch: ScheduledBatch, sampled: dict[str, Seq[Sampled]]) -> list[EngineOutput]:
         """Append the tokens, end what is at its end, and say what happened to whom."""
-        outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in batch.admitted}
+        taken_up = (*batch.admitted, *batch.finished)
+        outputs = {s.request_id: EngineOutput(s.request_id, cached_tokens=s.cached_tokens) for s in taken_up}
         tokens: dict[str, list[int]] = {}
         complete: set[str] = set()
         for request_id, choices in sampled.items():
@@ -319,7 +326,8 @@ class EngineCore:
             tokens[request_id] = output.token_ids = chosen
             output.logprobs = [c.logprobs for c in choices[: len(chosen)] if c.logprobs is not None] or None
         for sequence in self._scheduler.update(batch, tokens, complete):
-            outputs[sequence.request_id].finish_reason = sequence.finish_reason
+            output = outputs.setdefault(sequence.request_id, EngineOutput(sequence.request_id))
+            output.finish_reason = sequence.finish_reason
             self._constrained.drop(sequence.request_id)
         return list(outputs.values())
 

@@ -25,12 +25,12 @@ class Flight(NamedTuple):
     Attributes:
         batch: What runs.
         features: What its time depends on.
-        choices: A token for each row that samples; or the error that says why there is none.
+        choices: A token for each row that samples; or the error that says why there is none; None if nothing ran.
     """
 
     batch: ScheduledBatch
     features: StepFeatures
-    choices: Choices | Exception
+    choices: Choices | Exception | None
 
     def tokens_of(self, ahead: ScheduledBatch) -> Tensor:
         """The tokens that the batch after this one runs, ``[num_tokens]`` int64 on the device."""
@@ -48,6 +48,8 @@ class Flight(NamedTuple):
         """
         if isinstance(self.choices, Exception):
             raise self.choices
+        if self.choices is None:
+            return {}
         choices = iter(self.choices.result())
         verified = {c.sequence: _verified(c.drafts, list(islice(choices, c.num_samples))) for c in sampling(self.batch)}
         return {s.request_id: chosen for s, chosen in verified.items() if s.status is SequenceStatus.RUNNING}

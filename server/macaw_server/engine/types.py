@@ -17,6 +17,8 @@ class CallClass(IntEnum):
     LATENCY = 0
     GROUP = 1
     BACKGROUND = 2
+    AHEAD = 3
+    """Work that nobody may ever need: it takes what the others leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class EngineRequest:
         salt: Cache namespace of the tenant: pages are shared within one salt only.
         hints: What the scheduler knows of the application.
         output_ids: Tokens generated before (when an engine takes the request up again).
+        prefill_only: Only fill the cache: ends with ``length`` and no token when the prompt is computed, as far as
+            full pages go.
     """
 
     request_id: str
@@ -106,6 +110,7 @@ class EngineRequest:
     salt: str = ""
     hints: CallHints = field(default_factory=CallHints)
     output_ids: list[int] = field(default_factory=list)
+    prefill_only: bool = False
 
 
 class TokenLogprobs(NamedTuple):
@@ -122,7 +127,7 @@ class EngineOutput:
     Attributes:
         request_id: Whose.
         token_ids: New output tokens, in order; a stop token is included. An output that completes its grammar may
-            have none.
+            have none, and one of a request that is `prefill_only` never has any.
         logprobs: One entry for each of `token_ids`, where asked for.
         finish_reason: Set on the last output of a request.
         cached_tokens: Set on the first output after the request entered a batch: prompt tokens found in the cache.
@@ -170,9 +175,10 @@ class EngineInfo:
 class EngineStats:
     """Counters and gauges of one engine since it started.
 
-    `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time;
-    `draft_tokens` were guessed and verified, and `accepted_tokens` of them were right; `step_time_ms` are the
-    coefficients of the step-time model (`scheduler.step_time`), by name; all other names say it.
+    `computed_tokens` are prompt tokens that went through the model, those of preempted requests each time, and
+    `ahead_tokens` those of requests of class AHEAD, which count nowhere else; `draft_tokens` were guessed and verified,
+    and `accepted_tokens` of them were right; `step_time_ms` are the coefficients of the step-time model
+    (`scheduler.step_time`), by name; all other names say it.
     """
 
     steps: int = 0
@@ -184,6 +190,7 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
+    ahead_tokens: int = 0
     output_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

@@ -126,6 +126,15 @@ class KVCache:
         self._live[request_id] = allocation
         return allocation
 
+    def covers(self, token_ids: list[int], salt: str = "") -> bool:
+        """Whether all full pages of these tokens are there and ready; asking is a use of them."""
+        num_pages = len(token_ids) // self.page_size
+        match = self.tree.match_prefix(token_ids, salt, num_pages)
+        if match.owner is not None or len(match.pages) < num_pages:
+            return False
+        self.tree.touch(match.node)
+        return True
+
     def extend(self, allocation: Allocation) -> bool:
         """Add one page for decoding; False if none is available."""
         if not self._make_room(1, 0):

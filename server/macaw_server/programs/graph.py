@@ -64,6 +64,20 @@ class Graph:
         """The calls that a step reads from, directly or through transforms."""
         return list(dict.fromkeys(call for name in self.inputs[step_id] for call in self.feeders[name]))
 
+    def calls_after(self, step_id: str) -> list[str]:
+        """The calls that read what a step makes, directly or through transforms."""
+        calls, names, seen = [], [self.steps[step_id].output], set[str]()
+        while names:
+            for consumer in self.consumers[names.pop()]:
+                if consumer in seen:
+                    continue
+                seen.add(consumer)
+                if isinstance(step := self.steps[consumer], Call):
+                    calls.append(consumer)
+                else:
+                    names.append(step.output)
+        return calls
+
     def ancestors_of(self, calls: Iterable[str]) -> int:
         """All calls before any of `calls`, as a bit mask."""
         mask = 0

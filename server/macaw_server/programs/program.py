@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from macaw.errors import CancelledError, InvalidProgramError, MacawError
 from macaw.protocol import (
@@ -35,9 +36,24 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import CallClass, CallHints
 
+from .ahead import SENTINEL, partial_value
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
 from .objectives import deduce, output_tokens
+
+
+class Ahead(NamedTuple):
+    """What was prefilled of a call before it was ready.
+
+    Attributes:
+        start_ms: When that began.
+        num_tokens: Cached tokens of its prompt that were computed so.
+        saved_ms: What computing them takes, estimated.
+    """
+
+    start_ms: float
+    num_tokens: int
+    saved_ms: float
 
 
 @dataclass(slots=True)
@@ -246,23 +262,70 @@ class Program:
         """The values of the variables in the prompt of a call that was handed out."""
         return self._flow.values(self._graph.inputs[node.call.id])
 
+    def next_calls(self, producers: Iterable[str] | None = None) -> list[CallNode]:
+        """Calls that wait for nothing but answers that are being made, or for the client.
+
+        Args:
+            producers: Only those which wait for an answer of one of these calls.
+        """
+        if producers is None:
+            names = list(self._unfinished)
+        else:
+            names = list(dict.fromkeys(name for id_ in producers for name in self._graph.calls_after(id_)))
+        nodes = (self.calls[name] for name in names)
+        return [
+            node
+            for node in nodes
+            if node.status == "waiting"
+            and all(self.calls[id_].status != "waiting" for id_ in self._graph.feeders_of(node.call.id))
+        ]
+
+    def known_inputs(self, node: CallNode, answer_so_far: Callable[[str], str]) -> tuple[dict[str, str], str | None]:
+        """What is known of a waiting call's inputs, for warming the cache.
+
+        Args:
+            node: The call.
+            answer_so_far: The text of a call that is at work.
+
+        Returns:
+            All inputs: values, or what is known of them with `SENTINEL` behind; and the call whose answer goes on
+            with the first that has no value, if one is at work on it.
+        """
+        inputs, source = dict(self.values(node)), None
+        missing = [name for name in node.call.inputs if name not in inputs]
+        for name in missing:
+            partial = partial_value(self._flow, name, answer_so_far)
+            inputs[name] = partial.text + SENTINEL
+            source = partial.source if name == missing[0] else source
+        return inputs, source
+
     def running_calls(self) -> list[str]:
         """Calls that were handed out and are not finished."""
         return list(self._running)
 
-    def call_started(self, call_id: str, *, prompt_tokens: int, cached_tokens: int, now_ms: float) -> list[Event]:
-        """The engine took the call into a batch; taking it up again after a preemption is no second start."""
+    def call_started(
+        self, call_id: str, *, prompt_tokens: int, cached_tokens: int, now_ms: float, ahead: Ahead | None = None
+    ) -> list[Event]:
+        """The engine took the call into a batch; taking it up again after a preemption is no second start.
+
+        `ahead` is what was prefilled before the call was ready.
+        """
         node = self.calls[call_id]
         if call_id not in self._running or node.timings.started_ms is not None:
             return []
         assert node.timings.ready_ms is not None, f"call {call_id!r} runs and was never ready"
         node.timings.started_ms = now_ms
         node.prompt_tokens, node.cached_tokens = prompt_tokens, cached_tokens
+        if ahead is not None:
+            node.timings.ahead_ms = ahead.start_ms
+            node.timings.prefilled_ahead_tokens = ahead.num_tokens
+            node.timings.ahead_saved_ms = ahead.saved_ms
         started = CallStarted(
             call_id=call_id,
             queue_ms=now_ms - node.timings.ready_ms,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
+            prefilled_ahead_tokens=node.timings.prefilled_ahead_tokens,
         )
         return [self._emit(started)]
 

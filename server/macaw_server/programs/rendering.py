@@ -70,12 +70,9 @@ def render(
         InvalidRequestError: The model has no chat template, the template refuses the messages, the text is
             not valid Unicode, or the prompt has no tokens.
     """
-    if isinstance(request, ChatCompletionRequest):
-        text = _apply_chat_template(request, values, tokenizer)
-    elif (token_ids := _token_ids(request)) is not None:
+    if isinstance(request, CompletionRequest) and (token_ids := _token_ids(request)) is not None:
         return Rendered(None, token_ids)
-    else:
-        text = _join(request.parts, values)
+    text = prompt_text(request, values, tokenizer)
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -91,6 +88,15 @@ def render(
             param="messages" if chat else "prompt",
         )
     return Rendered(text, token_ids)
+
+
+def prompt_text(
+    request: ChatCompletionRequest | CompletionRequest, values: Mapping[str, str], tokenizer: Tokenizer
+) -> str:
+    """The text of a prompt that is not given as token ids; see `render`."""
+    if isinstance(request, ChatCompletionRequest):
+        return _apply_chat_template(request, values, tokenizer)
+    return _join(request.parts, values)
 
 
 def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:

@@ -31,7 +31,7 @@ def look_ahead(
     batch = ScheduledBatch(ahead=True)
     for sequence in running:
         sampling, next_len = sequence.request.sampling, len(sequence.token_ids) + 1
-        if sequence.num_uncomputed or not _foreseeable(sampling):
+        if sequence.num_uncomputed or sequence.request.prefill_only or not _foreseeable(sampling):
             return None
         if sequence.num_outputs + 1 < sampling.max_tokens and next_len < max_len:
             batch.chunks.append(ScheduledChunk(sequence, next_len - 1, 1, samples=True))

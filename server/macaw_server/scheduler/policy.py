@@ -10,13 +10,15 @@ from macaw_server.engine.types import CallClass
 from macaw_server.scheduler.fairness import AttainedService, FairShares
 from macaw_server.scheduler.types import Sequence
 
-AGEING_S = 120.0
+AGEING_S = 60.0
 """Whoever has waited longer goes before everybody younger of its tenant, whatever their class. So a call waits at most
 this long, plus the time that its tenant's share of the engine takes for the tenant's calls that came before it."""
 TENANT_LEAD = 8192.0
 """Service by which a tenant may be ahead of another one that waits, before it gives up a place in the batch."""
 
 Key = tuple[float, ...]
+Order = tuple[float, bool, Key, int]
+PreemptionOrder = tuple[bool, Key, int]
 
 
 class Policy(ABC):
@@ -52,7 +54,7 @@ class Policy(ABC):
         """Whether its time per token is what an application waits for."""
         return sequence.request.hints.call_class is CallClass.LATENCY
 
-    def order(self, sequence: Sequence, now_s: float) -> tuple[float, bool, Key, int]:
+    def order(self, sequence: Sequence, now_s: float) -> Order:
         """Its place among all at this moment; smaller goes first."""
         due_s = self.due_s(sequence)
         due = now_s > due_s
@@ -63,7 +65,7 @@ class Policy(ABC):
             sequence.number,
         )
 
-    def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+    def preemption_order(self, sequence: Sequence, now_s: float) -> PreemptionOrder:
         """Whoever is largest loses its pages first; does not depend on what has been served meanwhile.
 
         So the first in this order is never preempted while another one runs, and therefore ends; so everybody does.
@@ -132,7 +134,7 @@ class AppPolicy(Policy):
         """By age, or when its deadline wants it to start."""
         return min(sequence.arrival_s + self.ageing_s, sequence.latest_start_s)
 
-    def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+    def preemption_order(self, sequence: Sequence, now_s: float) -> PreemptionOrder:
         """The lowest class first, in it the latest: it has the least to compute again."""
         due, key, number = super().preemption_order(sequence, now_s)
         return due, (sequence.request.hints.call_class, *key) if due else key, number

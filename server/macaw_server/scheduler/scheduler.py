@@ -8,12 +8,13 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
+from macaw_server.engine.types import CallClass, EngineRequest, EngineStats, FinishReason
 from macaw_server.kvcache import Blocked, KVCache
+from macaw_server.scheduler.ahead import AheadSequences, ahead_budget
 from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.lookahead import look_ahead
-from macaw_server.scheduler.policy import Policy, make_policy
+from macaw_server.scheduler.policy import Order, Policy, PreemptionOrder, make_policy
 from macaw_server.scheduler.speculation import NO_GUESS, Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
 from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
 from macaw_server.scheduler.types import (
@@ -48,6 +49,9 @@ class Scheduler:
       admitted in a step that preempts for them.
     - The first in order that finds no place or no pages gets those of running sequences, one a step, if
       `Policy.preempts` says that they have to give way.
+    - An owner of such a prefix runs as its most urgent follower would, so that nobody waits at another's rank.
+    - Sequences of class AHEAD get what is left when nobody waits (`_run_ahead`), and give their pages back as soon
+      as anybody else needs these, a slot, or the prefix that they compute.
     - Drafts get what is left then: tokens of the budget, and pages that are free or can be evicted, less one
       for each running sequence. The pages go back at the end of the step, so speculation neither preempts nor
       holds up anybody.
@@ -80,7 +84,8 @@ class Scheduler:
         self._max_len = min(config.max_model_len, kv_cache.num_pages * kv_cache.page_size)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
-        self._running: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}  # but for those of class AHEAD
+        self._ahead = AheadSequences()
         self._followers: dict[str, list[tuple[int, int, Sequence]]] = {}  # by owner: heaps by pages needed
         self._num_added = 0
         self._leader: str | None = None  # the program under protection where no critical sequence decodes
@@ -111,6 +116,8 @@ class Scheduler:
             raise ValueError(f"Request id {request.request_id!r} is in use; ids are unique.")
         if not num_prompt:
             raise ValueError(f"Request {request.request_id!r} has an empty prompt; it needs at least 1 token.")
+        if request.hints.call_class is CallClass.AHEAD and not request.prefill_only:
+            raise ValueError(f"Request {request.request_id!r} of class AHEAD samples; only prefills run ahead.")
         if num_prompt + 1 > self.config.max_model_len:
             raise ValueError(
                 f"Prompt of {num_prompt:,} tokens and one of output are over the model's "
@@ -132,7 +139,7 @@ class Scheduler:
         else:
             self._sequences[request.request_id] = sequence
             self.policy.enter(sequence)
-            self._waiting.push(sequence)
+            self._queue_of(sequence).push(sequence)
         return sequence
 
     def abort(self, request_id: str, *, keep_pages: bool = True) -> None:
@@ -163,13 +170,16 @@ class Scheduler:
         slowdown = self.config.latency_slowdown if self._leader is None else LEADER_SLOWDOWN
         budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, protected, slowdown)
         self._decode(batch, decodes, budget, now_s)
-        for sequence in sorted(prefills, key=lambda sequence: self.policy.order(sequence, now_s)):
+        for sequence in sorted(prefills, key=lambda sequence: self._order(sequence, now_s)):
             self._run(batch, sequence, budget, now_s)
         if may_admit:
             self._admit(batch, budget, now_s)
+        self._run_ahead(batch, now_s)
         if self.config.max_draft_tokens:
             self._speculate(batch)
-        assert batch.chunks or not self.has_work, f"{len(self._sequences)} sequences and nothing to run"
+        assert batch.chunks or batch.finished or not self.has_work, (
+            f"{len(self._sequences)} sequences and nothing to run"
+        )
         return batch
 
     def schedule_ahead(self) -> ScheduledBatch | None:
@@ -202,10 +212,15 @@ class Scheduler:
             complete: Requests whose output is complete with these tokens, whatever their limits say; only these
                 may have none.
         """
-        finished = []
+        finished = list(batch.finished)
         for chunk in batch.chunks:
             sequence = chunk.sequence
-            if not chunk.samples or sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            if sequence.request.prefill_only and not sequence.num_uncomputed:
+                self._end_prefill(sequence)
+                finished.append(sequence)
+            if not chunk.samples:
                 continue
             tokens = sampled[sequence.request_id]
             sequence.token_ids += tokens
@@ -232,8 +247,8 @@ class Scheduler:
         cache = self.kv_cache
         return replace(
             self._stats,
-            running=len(self._running),
-            waiting=len(self._sequences) - len(self._running),
+            running=(num_running := len(self._running) + len(self._ahead.running)),
+            waiting=len(self._sequences) - num_running,
             pages_used=cache.num_pages - cache.num_available,
             pages_cached=cache.tree.num_evictable,
             evicted_pages=cache.num_evicted,
@@ -252,20 +267,26 @@ class Scheduler:
                 and sequence.num_computed == len(sequence.block_table) * self.kv_cache.page_size
                 and not self.kv_cache.extend(sequence.pages)
             ):
+                if self._yield_ahead():
+                    continue
                 assert len(self._running) > 1, f"{sequence.request_id} fills {len(sequence.block_table)} pages alone"
-                victim = max(self._running.values(), key=lambda other: self.policy.preemption_order(other, now_s))
+                victim = max(self._running.values(), key=lambda other: self._preemption_order(other, now_s))
                 self._preempt(victim)
                 batch.preempted.append(victim)
 
     def _make_way(self, batch: ScheduledBatch, now_s: float) -> None:
         """Preempt one running sequence for the first in order if that finds no place, or has found no pages."""
-        full = len(self._running) == self.config.max_num_seqs
+        full = len(self._running) >= self.config.max_num_seqs
         waiting = self._waiting.first(now_s) if full or self._out_of_pages else None
         if waiting is None or not (full or waiting is self._out_of_pages):
             return
-        victims = [running for running in self._running.values() if self.policy.preempts(waiting, running, now_s)]
+        victims = [
+            running
+            for running in self._running.values()
+            if all(self.policy.preempts(waiting, s, now_s) for s in (running, self._patron(running, now_s)) if s)
+        ]
         if victims:
-            victim = max(victims, key=lambda running: self.policy.preemption_order(running, now_s))
+            victim = max(victims, key=lambda running: self._preemption_order(running, now_s))
             self._preempt(victim)
             batch.preempted.append(victim)
 
@@ -291,7 +312,7 @@ class Scheduler:
     def _admit(self, batch: ScheduledBatch, budget: StepBudget, now_s: float) -> None:
         self._out_of_pages = None
         for _ in range(self.config.max_num_seqs + MAX_LOOKUPS_PER_STEP):
-            if budget.num_tokens == 0 or len(self._running) == self.config.max_num_seqs:
+            if budget.num_tokens == 0 or len(self._running) >= self.config.max_num_seqs:
                 return
             sequence = self._waiting.first(now_s, yielding=not budget.exhausted)
             if sequence is None or sequence in batch.preempted:
@@ -300,14 +321,15 @@ class Scheduler:
                 sequence.request_id, sequence.token_ids, sequence.request.salt, reserve=len(self._running)
             )
             if pages is None:
+                if self._yield_ahead():
+                    continue
                 self._out_of_pages = sequence
                 return
+            if isinstance(pages, Blocked) and self._yield_ahead(pages.owner):
+                continue  # takes over what is left of the prefix
             self._waiting.remove(sequence)
             if isinstance(pages, Blocked):
-                sequence.status = SequenceStatus.BLOCKED
-                heapq.heappush(
-                    self._followers.setdefault(pages.owner, []), (pages.num_pages, sequence.number, sequence)
-                )
+                self._block(sequence, pages, now_s)
                 continue
             sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
             self._running[sequence.request_id] = sequence
@@ -331,11 +353,17 @@ class Scheduler:
         return [sequence for sequence in decodes if sequence.request.hints.program_id == self._leader]
 
     def _gives_way(self, sequence: Sequence, now_s: float) -> bool:
-        """Whether it takes only what those under protection leave."""
-        policy = self.policy
-        if not policy.protects_latency or policy.is_critical(sequence) or now_s > policy.due_s(sequence):
+        """Whether it takes only what those under protection leave, and so do all that wait for its prefix."""
+        policy, leader = self.policy, self._leader
+        if not policy.protects_latency:
             return False
-        return self._leader is None or sequence.request.hints.program_id != self._leader
+        return not any(
+            policy.is_critical(s)
+            or now_s > policy.due_s(s)
+            or (leader is not None and s.request.hints.program_id == leader)
+            for s in (sequence, self._patron(sequence, now_s))
+            if s is not None
+        )
 
     def _speculate(self, batch: ScheduledBatch) -> None:
         """Add drafts to the chunks that decode, where they pay."""
@@ -385,10 +413,13 @@ class Scheduler:
     def _append(self, batch: ScheduledBatch, sequence: Sequence, length: int) -> None:
         """Put the next tokens of a sequence into the batch."""
         start = sequence.num_computed
-        batch.chunks.append(ScheduledChunk(sequence, start, length, samples=length == sequence.num_uncomputed))
+        samples = length == sequence.num_uncomputed and not sequence.request.prefill_only
+        batch.chunks.append(ScheduledChunk(sequence, start, length, samples))
         self.kv_cache.mark_computed(sequence.pages, length)
         num_prompt = len(sequence.request.prompt_ids)
-        self._stats.computed_tokens += max(0, min(start + length, num_prompt) - start)
+        num_computed = max(0, min(start + length, num_prompt) - start)
+        self._stats.ahead_tokens += num_computed if sequence.is_ahead else 0
+        self._stats.computed_tokens += 0 if sequence.is_ahead else num_computed
         self.policy.charge(sequence, max(0, min(start + length, num_prompt) - max(start, sequence.num_charged)))
         sequence.num_charged = max(sequence.num_charged, start + length)
         self._wake_followers(sequence, sequence.num_computed // self.kv_cache.page_size)
@@ -400,9 +431,10 @@ class Scheduler:
             return
         while followers and (num_pages is None or followers[0][0] <= num_pages):
             follower = heapq.heappop(followers)[-1]
+            owner.patron = None if owner.patron is follower else owner.patron
             if follower.status is SequenceStatus.BLOCKED:
                 follower.status = SequenceStatus.WAITING
-                self._waiting.push(follower)
+                self._queue_of(follower).push(follower)
         if not followers:
             del self._followers[owner.request_id]
 
@@ -415,6 +447,97 @@ class Scheduler:
         decode_ms = self._step_time.predict(StepFeatures().plus(num_prompt, 1, num_samples=1))
         num_outputs = request.sampling.max_tokens if hints.path_tokens is None else hints.path_tokens
         return hints.deadline_s - (prefill_ms + num_outputs * decode_ms * self.config.latency_slowdown) / 1000
+
+    def _block(self, sequence: Sequence, blocked: Blocked, now_s: float) -> None:
+        """Let a sequence wait for the owner of its prefix, which is as urgent from now on."""
+        sequence.status = SequenceStatus.BLOCKED
+        heapq.heappush(self._followers.setdefault(blocked.owner, []), (blocked.num_pages, sequence.number, sequence))
+        owner = self._sequences[blocked.owner]
+        order = self.policy.order(sequence, now_s)
+        if owner.patron and not sequence.is_ahead and order < self.policy.order(owner.patron, now_s):
+            owner.patron = sequence
+
+    def _order(self, sequence: Sequence, now_s: float) -> Order:
+        """Its place among those that run: its own, or that of the most urgent of its followers."""
+        patron, own = self._patron(sequence, now_s), self.policy.order(sequence, now_s)
+        return own if patron is None else min(own, self.policy.order(patron, now_s))
+
+    def _preemption_order(self, sequence: Sequence, now_s: float) -> PreemptionOrder:
+        """The same for who loses its pages first."""
+        patron, own = self._patron(sequence, now_s), self.policy.preemption_order(sequence, now_s)
+        return own if patron is None else min(own, self.policy.preemption_order(patron, now_s))
+
+    def _patron(self, owner: Sequence, now_s: float) -> Sequence | None:
+        """The most urgent follower; sought anew only when the last one has gone, for there may be thousands."""
+        followers = self._followers.get(owner.request_id, ())
+        if owner.patron is None or owner.patron.status is not SequenceStatus.BLOCKED:
+            waiting = (f for *_, f in followers if f.status is SequenceStatus.BLOCKED and not f.is_ahead)
+            owner.patron = min(waiting, key=lambda follower: self.policy.order(follower, now_s), default=None)
+        return owner.patron
+
+    # -- ahead of time ---------------------------------------------------------------------------------------
+
+    def _run_ahead(self, batch: ScheduledBatch, now_s: float) -> None:
+        """Give sequences of class AHEAD what the step leaves; nothing while anybody else waits to be admitted."""
+        ahead, limit = self._ahead.running, self.config.max_num_seqs - len(self._running)
+        while len(ahead) > limit:
+            self._yield_ahead()
+        if len(self._waiting):
+            return
+        budget = ahead_budget(batch.num_tokens, self.config)
+        for running in ahead.values():
+            budget -= self._run_some(batch, running, budget)
+        for _ in range(len(self._ahead)):
+            sequence = self._ahead.first()
+            if budget == 0 or len(ahead) >= min(limit, self.config.max_ahead_seqs) or sequence is None:
+                return
+            if self.kv_cache.covers(sequence.token_ids, sequence.request.salt):
+                sequence.cached_tokens = len(sequence.token_ids)
+                self._end_prefill(sequence)
+                batch.finished.append(sequence)
+                continue
+            pages = self.kv_cache.admit(
+                sequence.request_id, sequence.token_ids, sequence.request.salt, reserve=len(self._running)
+            )
+            if pages is None:
+                return
+            self._ahead.remove(sequence)
+            if isinstance(pages, Blocked):
+                self._block(sequence, pages, now_s)
+                continue
+            sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
+            ahead[sequence.request_id] = sequence
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = pages.num_cached
+                batch.admitted.append(sequence)
+            budget -= self._run_some(batch, sequence, budget)
+
+    def _run_some(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
+        """Put up to `budget` tokens of a sequence of class AHEAD into the batch; returns how many."""
+        left = sequence.num_uncomputed
+        length = min(left, budget, self.config.max_prefill_chunk or left)
+        if length:
+            self._append(batch, sequence, length)
+        return length
+
+    def _yield_ahead(self, request_id: str | None = None) -> bool:
+        """Take the pages of a sequence of class AHEAD, of this one or of any; whether there was one.
+
+        Only before any of them has a chunk in the batch.
+        """
+        sequence = self._ahead.to_yield(request_id)
+        if sequence is not None:
+            self._give_back_pages(sequence, keep=True)
+            sequence.status = SequenceStatus.WAITING
+            self._ahead.push(sequence)
+        return sequence is not None
+
+    def _end_prefill(self, sequence: Sequence) -> None:
+        sequence.finish_reason = "length"
+        self._retire(sequence)
+
+    def _queue_of(self, sequence: Sequence) -> WaitingQueue | AheadSequences:
+        return self._ahead if sequence.is_ahead else self._waiting
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -439,7 +562,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._give_back_pages(sequence, keep=keep_pages)
         elif sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
+            self._queue_of(sequence).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.policy.leave(sequence)
         del self._sequences[sequence.request_id]
@@ -447,5 +570,5 @@ class Scheduler:
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:
         self.kv_cache.release(sequence.pages, sequence.token_ids, insert_into_tree=keep)
         sequence.allocation = None
-        del self._running[sequence.request_id]
+        del (self._ahead.running if sequence.is_ahead else self._running)[sequence.request_id]
         self._wake_followers(sequence)

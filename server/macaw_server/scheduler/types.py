@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from macaw_server.engine.types import EngineRequest, FinishReason
+from macaw_server.engine.types import CallClass, EngineRequest, FinishReason
 from macaw_server.kvcache import Allocation
 from macaw_server.scheduler.speculation import Drafter
 
@@ -37,6 +37,8 @@ class SchedulerConfig:
         ridge: Rows of a step that cost as much as the step does without any; see `speculation`.
         latency_slowdown: While latency-critical sequences decode, others make a step at most so many times longer
             than it would be with these alone.
+        max_ahead_seqs: Sequences of class AHEAD that hold pages at one time.
+        ahead_rows: Tokens up to which they fill steps with other work.
     """
 
     max_num_seqs: int
@@ -46,6 +48,8 @@ class SchedulerConfig:
     max_draft_tokens: int = 0
     ridge: float = 8.0
     latency_slowdown: float = 4.0
+    max_ahead_seqs: int = 8
+    ahead_rows: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -79,6 +83,7 @@ class Sequence:
         num_preemptions: How often it lost its pages.
         num_charged: Tokens from the front that count as served: those computed again are not charged again.
         drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
+        patron: The most urgent of those that wait for a prefix which this one computes.
     """
 
     request: EngineRequest
@@ -93,6 +98,7 @@ class Sequence:
     num_preemptions: int = 0
     num_charged: int = 0
     drafter: Drafter | None = None
+    patron: Sequence | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = self.request.prompt_ids + self.request.output_ids
@@ -101,6 +107,11 @@ class Sequence:
     def request_id(self) -> str:
         """The request's id."""
         return self.request.request_id
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it yields to everybody."""
+        return self.request.hints.call_class is CallClass.AHEAD
 
     @property
     def pages(self) -> Allocation:
@@ -168,12 +179,14 @@ class ScheduledBatch:
         admitted: Sequences that enter a batch for the first time: their `cached_tokens` is news.
         preempted: Sequences that lost their pages for the sake of others.
         ahead: The token of each chunk is what the step in flight samples, and not known yet.
+        finished: Sequences that need no step: all that they would have computed ahead is cached.
     """
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     ahead: bool = False
+    finished: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class CallObserver(Protocol):
     """Is told how a call goes; after `call_completed` or `call_failed` nothing more."""
 
-    def call_started(self, call_id: str, *, prompt_tokens: int, cached_tokens: int) -> None:
+    def call_started(self, call_id: str, *, prompt_ids: list[int], cached_tokens: int) -> None:
         """The engine took the call into a batch."""
         ...
 
@@ -99,6 +99,11 @@ class CallRunner:
             for i in range(request.n or 1)
         ]
 
+    @property
+    def text(self) -> str:
+        """What the first choice has said so far."""
+        return "".join(self._choices[0].pieces)
+
     def start(self) -> None:
         """Submit one engine request per choice; choice ``i`` has the ``i``-th seed after the first one's."""
         seed, engine = base_seed(self._request), self._prepared.model.engine
@@ -170,7 +175,7 @@ class CallRunner:
         if self._cached_tokens is None:
             self._cached_tokens = output.cached_tokens or 0
             self._observer.call_started(
-                self._call_id, prompt_tokens=len(self._prepared.prompt_ids), cached_tokens=self._cached_tokens
+                self._call_id, prompt_ids=self._prepared.prompt_ids, cached_tokens=self._cached_tokens
             )
 
     def _reports(

@@ -19,6 +19,7 @@ _ENGINE_COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Tokens of prompts."),
     "cached_prompt_tokens": ("cached_tokens", "Prompt tokens that were found in the KV cache."),
     "computed_prompt_tokens": ("computed_tokens", "Prompt tokens that were computed."),
+    "ahead_tokens": ("ahead_tokens", "Prompt tokens that were computed before their call was ready."),
     "output_tokens": ("output_tokens", "Tokens generated."),
     "draft_tokens": ("draft_tokens", "Tokens guessed by prompt lookup and verified."),
     "accepted_draft_tokens": ("accepted_tokens", "Guessed tokens that were right."),
@@ -56,6 +57,11 @@ class Metrics:
         )
         self._programs = Counter("macaw_programs", "Programs that ended.", ["status"], registry=self.registry)
         self._calls = Counter("macaw_calls", "Calls that ended.", ["status"], registry=self.registry)
+        self._ahead_used = Counter(
+            "macaw_ahead_used_tokens",
+            "Cached prompt tokens of calls that had been computed ahead.",
+            registry=self.registry,
+        )
         self._queue_time = self._histogram("queue_time", "From ready to the first batch.")
         self._first_token = self._histogram("time_to_first_token", "From ready to the first token.")
         self._duration = self._histogram("call_duration", "From ready to the whole answer.")
@@ -71,6 +77,7 @@ class Metrics:
         match event:
             case CallStarted():
                 self._queue_time.observe(event.queue_ms / 1000)
+                self._ahead_used.inc(event.prefilled_ahead_tokens)
             case CallCompleted(timings=t):
                 self._calls.labels("completed").inc()
                 if t.ready_ms is not None and t.completed_ms is not None:

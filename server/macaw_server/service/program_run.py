@@ -26,6 +26,7 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import CallClass, CallHints
 from macaw_server.programs.program import CallNode, Program
+from macaw_server.service.ahead import AheadService, ProgramAhead
 from macaw_server.service.call_runner import CallRunner
 from macaw_server.service.completions import ResponseFormat
 from macaw_server.service.metrics import Metrics
@@ -42,6 +43,7 @@ class Surroundings:
     config: ServiceConfig
     preparer: PromptPreparer
     metrics: Metrics
+    ahead: AheadService
     on_end: Callable[[ProgramRun], None]
 
 
@@ -83,6 +85,10 @@ class ProgramRun:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._num_attached = 0
+        self._ahead: ProgramAhead | None = None
+        if surroundings.config.prefill_ahead and not self.is_plain:
+            answer_so_far = self._answer_so_far if surroundings.config.pipelining else None
+            self._ahead = ProgramAhead(surroundings.ahead, program, tenant.salt, self.started_s, answer_so_far)
 
     @property
     def id(self) -> str:
@@ -105,6 +111,7 @@ class ProgramRun:
     def start(self) -> None:
         """Begin with the calls that are ready."""
         self._apply(list(self.program.events))
+        self._look_ahead()
 
     def grow(self, growth: ProgramGrowth, prepared: dict[str, Prepared]) -> None:
         """Add to the program. Raises `InvalidProgramError`, and then nothing has changed."""
@@ -115,6 +122,7 @@ class ProgramRun:
             self._apply(events)
         else:
             self._advance()  # no event says so, but calls may be ready and deadlines new
+        self._look_ahead()
 
     def set_variable(self, name: str, value: str) -> None:
         """Set an external variable. Raises `InvalidProgramError`."""
@@ -154,17 +162,23 @@ class ProgramRun:
     # --------------------------------------------------------------------------------------------------------
     # What a CallRunner reports
 
-    def call_started(self, call_id: str, *, prompt_tokens: int, cached_tokens: int) -> None:
+    def call_started(self, call_id: str, *, prompt_ids: list[int], cached_tokens: int) -> None:
         """The engine took the call into a batch."""
         self._apply(
             self.program.call_started(
-                call_id, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, now_ms=self._now_ms()
+                call_id,
+                prompt_tokens=len(prompt_ids),
+                cached_tokens=cached_tokens,
+                now_ms=self._now_ms(),
+                ahead=None if self._ahead is None else self._ahead.started(call_id, prompt_ids, cached_tokens),
             )
         )
 
     def call_delta(self, call_id: str, chunk: dict[str, Any]) -> None:
         """A piece of the answer."""
         self._apply(self.program.call_delta(call_id, chunk, self._now_ms()))
+        if self._ahead is not None:
+            self._ahead.on_token(call_id)
 
     def call_completed(self, call_id: str, completion: dict[str, Any], text: str) -> None:
         """The whole answer."""
@@ -186,6 +200,7 @@ class ProgramRun:
                 case VariableResolved(variable=name, value=value):
                     self.values[name] = value
                 case CallCompleted(call_id=call_id):
+                    self._observe_prefill(self.program.calls[call_id])
                     self.num_live_calls -= weight(self.program.calls[call_id].call)
                     self._runners.pop(call_id, None)
                 case CallFailed(call_id=call_id):
@@ -194,6 +209,8 @@ class ProgramRun:
                         runner.abort()
         if not all(isinstance(event, CallDelta) for event in events):
             self._advance()
+            if self._ahead is not None:
+                self._ahead.observe(events)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -203,10 +220,15 @@ class ProgramRun:
             timer.cancel()
         self._timers.clear()
         if self.program.ended:
+            if self._ahead is not None:
+                self._ahead.close()
             self._prepared.clear()
             self._surroundings.on_end(self)
             return
-        for node in self.program.take_ready(self._now_ms()):
+        taken = self.program.take_ready(self._now_ms())
+        if self._ahead is not None and taken:
+            self._ahead.begin([node.call.id for node in taken])
+        for node in taken:
             task = self._loop.create_task(self._start_call(node))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -215,6 +237,20 @@ class ProgramRun:
         if not self.program.running_calls():
             idle_s = self._surroundings.config.idle_s
             self._call_at(self._now_ms() / 1000 + idle_s, self._on_idle, idle_s)
+
+    def _look_ahead(self) -> None:
+        if self._ahead is not None and not self.program.ended:
+            self._ahead.begin()
+
+    def _answer_so_far(self, call_id: str) -> str:
+        runner = self._runners.get(call_id)
+        return "" if runner is None else runner.text
+
+    def _observe_prefill(self, node: CallNode) -> None:
+        t = node.timings
+        if t.ready_ms is not None and t.first_token_ms is not None:
+            num_computed = node.prompt_tokens - node.cached_tokens
+            self._surroundings.ahead.observe_prefill(num_computed, t.first_token_ms - t.ready_ms)
 
     async def _start_call(self, node: CallNode) -> None:
         call, program = node.call, self.program

@@ -21,6 +21,7 @@ from macaw.errors import (
 )
 from macaw.protocol import Call, Hints, ProgramGrowth, ProgramRequest, Variable
 from macaw_server.programs.program import Program
+from macaw_server.service.ahead import AheadService
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.models import ModelRegistry
 from macaw_server.service.program_run import ProgramRun, Surroundings, weight
@@ -66,7 +67,9 @@ class ProgramService:
         self.models = ModelRegistry(models)
         self.tenants = Tenants(self.config.api_keys, secret)
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
-        self._surroundings = Surroundings(self.config, PromptPreparer(self.models), self.metrics, self._on_end)
+        self._surroundings = Surroundings(
+            self.config, PromptPreparer(self.models), self.metrics, AheadService(self.models), self._on_end
+        )
         self._live: dict[str, ProgramRun] = {}
         self._kept: dict[str, tuple[ProgramRun, float]] = {}  # finished, and when; oldest first
         self._keyed: dict[tuple[str, str], _Keyed] = {}
@@ -167,6 +170,7 @@ class ProgramService:
         """Cancel everything and end the threads; the engines are their owner's to stop."""
         await self.drain(0)
         self._surroundings.preparer.close()
+        self._surroundings.ahead.close()
 
     async def _create(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
         plain = hints is not None

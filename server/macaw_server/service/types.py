@@ -23,6 +23,8 @@ class ServiceConfig:
         kept_s: How long a finished program can be asked for at most, seconds.
         idle_s: How long a program waits for its client (a variable, growth) before it is given up, seconds.
         ping_s: Seconds between the comments that keep an event stream's connection alive.
+        prefill_ahead: Warm the cache with the constant beginnings of prompts that still wait for a variable.
+        pipelining: Go on with that as far as the answers go that these wait for.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -33,6 +35,8 @@ class ServiceConfig:
     kept_s: float = 600.0
     idle_s: float = 600.0
     ping_s: float = 15.0
+    prefill_ahead: bool = True
+    pipelining: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
-from macaw_server.engine.types import EngineOutput, EngineRequest, SamplingParams
+from macaw_server.engine.types import CallClass, CallHints, EngineOutput, EngineRequest, SamplingParams
 
 
 def request(name: str, *prompt: int, num_tokens: int = 12) -> EngineRequest:
@@ -106,3 +106,17 @@ def test_stats_count_the_prompts(core: EngineCore) -> None:
     assert stats.output_tokens == 4
     assert stats.steps == 4
     assert max(stats.step_time_ms.values()) > 0
+
+
+def test_a_prefill_ends_without_tokens_and_the_next_request_finds_it(core: EngineCore) -> None:
+    prompt = list(range(5, 70))
+    hints = CallHints(call_class=CallClass.AHEAD)
+    for name in ("ahead", "again"):
+        core.add(EngineRequest(name, prompt, SamplingParams(max_tokens=1), hints=hints, prefill_only=True))
+        outputs = finish(core)[name]
+        assert tokens(outputs) == []
+        assert (outputs[-1].finish_reason, outputs[-1].error) == ("length", None)
+        assert outputs[0].cached_tokens == (0 if name == "ahead" else len(prompt))
+    core.add(request("call", *prompt, 70))
+    assert finish(core)["call"][0].cached_tokens == 64
+    assert core.stats().ahead_tokens == len(prompt)

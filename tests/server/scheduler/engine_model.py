@@ -36,11 +36,12 @@ def request(
     stop: frozenset[int] = frozenset(),
     min_tokens: int = 0,
     call_class: CallClass = CallClass.LATENCY,
+    prefill_only: bool = False,
     **hints,
 ) -> EngineRequest:
     sampling = SamplingParams(max_tokens, stop_token_ids=stop, min_tokens=min_tokens)
     hints = CallHints(call_class=call_class, **hints)
-    return EngineRequest(request_id, prompt, sampling, salt, hints, list(output))
+    return EngineRequest(request_id, prompt, sampling, salt, hints, list(output), prefill_only)
 
 
 def sample(tokens: list[int]) -> int:
@@ -51,13 +52,14 @@ def sample(tokens: list[int]) -> int:
 def generate(asked: EngineRequest, max_len: int, sampler: Callable[[list[int]], int] = sample) -> list[int]:
     """The outputs that a request must get, whatever happens around it."""
     tokens, sampling = asked.prompt_ids + asked.output_ids, asked.sampling
-    while True:
+    while not asked.prefill_only:
         output = tokens[len(asked.prompt_ids) :]
         if output and output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
             return output
         if len(output) >= sampling.max_tokens or len(tokens) >= max_len:
             return output
         tokens = [*tokens, sampler(tokens)]
+    return []
 
 
 class NoisyOracle:
@@ -91,6 +93,8 @@ class EngineModel:
         ridge: float = 1e6,
         latency_slowdown: float = 1e6,
         step_time: StepTimeModel | None = None,
+        max_ahead_seqs: int = 8,
+        ahead_rows: int = 0,
         make_proposer: ProposerFactory = prompt_lookup,
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
@@ -105,6 +109,8 @@ class EngineModel:
             max_draft_tokens,
             ridge,
             latency_slowdown,
+            max_ahead_seqs,
+            ahead_rows,
         )
         self.cache = cache or KVCache(num_pages, page_size)
         policy = make_policy(policy) if isinstance(policy, str) else policy
@@ -197,7 +203,7 @@ class EngineModel:
             assert len(chunk.drafts) <= (config.max_draft_tokens if chunk.samples else 0)
             assert not set(chunk.drafts) & sequence.request.sampling.stop_token_ids
             assert 1 <= chunk.length <= (config.max_prefill_chunk or chunk.length)
-            assert chunk.samples == (end == len(tokens))
+            assert chunk.samples == (end == len(tokens) and not sequence.request.prefill_only)
             hashes = prefix_hashes(sequence.request.salt, [*tokens, *chunk.drafts])
             self.memory.check(sequence.block_table, hashes, start)  # computed before, or by an earlier chunk
             self.memory.write(sequence.block_table, hashes, start, end + len(chunk.drafts))
@@ -216,7 +222,7 @@ class EngineModel:
         output = sequence.token_ids[len(sequence.request.prompt_ids) :]
         assert output == expected, f"{sequence.request_id}: {output}, expected {expected}"
         sampling = sequence.request.sampling
-        stopped = len(output) > sampling.min_tokens and output[-1] in sampling.stop_token_ids
+        stopped = bool(output) and len(output) > sampling.min_tokens and output[-1] in sampling.stop_token_ids
         assert sequence.finish_reason == ("stop" if stopped else "length")
 
     def check_no_leak(self) -> None:

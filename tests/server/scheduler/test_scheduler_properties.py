@@ -27,6 +27,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         latency_slowdown=st.sampled_from([1.0, 1.5, 1e6]),
         noise=st.sampled_from([0.0, 0.3, 1.0]),
         overlap=st.booleans(),
+        max_ahead_seqs=st.integers(1, 3),
+        ahead_rows=st.sampled_from([0, 4, 100]),
     )
     def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
         strategy = make_policy(policy)
@@ -53,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         salt=st.sampled_from(["", "", "tenant"]),
         call_class=st.sampled_from(CallClass),
+        prefill_only=st.booleans(),
         depth=st.integers(0, 2),
         tenant=st.sampled_from(["", "", "other"]),
         program_id=st.sampled_from(["p", "q"]),
@@ -61,6 +64,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies=st.integers(1, 3),
     )
     def add(self, family, shared, own, output, copies, **kwargs):
+        if kwargs["call_class"] is CallClass.AHEAD:  # nothing else is asked for ahead of time
+            kwargs["prefill_only"] = True
+        output = [] if kwargs["prefill_only"] else output
         prompt = (family[:shared] + own)[: self.engine.max_len - 1] or [0]
         for _ in range(copies):
             self.engine.add(f"r{len(self.engine.sequences)}", prompt, output=tuple(output), **kwargs)

@@ -110,6 +110,10 @@ class ScriptedEngine:
     def step(self):
         for request_id in self.active:
             request, on_output, tokens = self._active[request_id]
+            if request.prefill_only:
+                del self._active[request_id]
+                on_output(EngineOutput(request_id, finish_reason="length", cached_tokens=0))
+                continue
             first = not request.output_ids
             token_id = tokens[len(request.output_ids)]
             request.output_ids.append(token_id)
@@ -179,6 +183,7 @@ class ScriptedEngine:
 
 
 def make_service(engine, **config):
+    config = {"prefill_ahead": False, **config}
     return ProgramService([ServedModel(MODEL, tokenizer(), engine, 1700000000)], ServiceConfig(**config))
 
 
