@@ -1,7 +1,7 @@
 """Which of several engines runs a call: where it is done soon, at little cost to others. Pure.
 
 An engine is done with a call's prompt after the work that it has taken on, and the part of the prompt that its cache
-does not hold (Preble: Srivatsa et al., ICLR 2025, has such a sum). That part counts twice, since others wait for it too.
+does not hold (as in Preble: Srivatsa et al., ICLR 2025). That part counts twice, since others wait for it too.
 So a call goes where its prefix is, unless it would wait there for longer than the prefix saves, to it and to others.
 
 Task groups need no rule of their own: each member that is placed adds to its engine's work, so a group stays together
