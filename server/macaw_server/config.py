@@ -63,6 +63,12 @@ class EngineConfig(BaseModel):
         default=512, ge=1, description="Token budget of one step: longer prompts are prefilled in chunks."
     )
     policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
+    latency_slowdown: float = Field(
+        default=3.0,
+        ge=1,
+        description="Policy app: while latency-critical calls decode, others ride along as far as a step gets at most "
+        "so many times longer.",
+    )
     sharing: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Two-phase attention over shared prefixes: by cost model, or forced, or off.",

@@ -186,10 +186,11 @@ class EngineCore:
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
             max_model_len=self.info.max_model_len,
             max_draft_tokens=self._config.speculative_tokens,
+            latency_slowdown=self._config.latency_slowdown,
             ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
         )
         cache = KVCache(self.info.num_pages, self.info.page_size)
-        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
+        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
 
     def _proposer(self, request: EngineRequest) -> Proposer:
         """What drafts a request's tokens; of a constrained one only what its grammar allows."""

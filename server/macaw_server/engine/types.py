@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -28,6 +29,11 @@ class CallHints:
         depth: Calls before this one on its longest path.
         group: Name of the task group within the program, if any.
         arrival_s: When the call became ready, monotonic seconds of the server process.
+        tenant: Whose it is; tenants share an engine by `tenant_weight`.
+        tenant_weight: Above 0.
+        remaining_tokens: Estimate of the output tokens on the longest path from here to a target, this call's
+            included; None where the program may grow or nothing is known.
+        deadline_s: When its program's answer is worthless; same clock as `arrival_s`.
     """
 
     program_id: str = ""
@@ -35,6 +41,10 @@ class CallHints:
     depth: int = 0
     group: str | None = None
     arrival_s: float = 0.0
+    tenant: str = ""
+    tenant_weight: float = 1.0
+    remaining_tokens: float | None = None
+    deadline_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,17 @@ several independent calls feed one consumer they become a *task group*: only the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from macaw.protocol import Call, ChatCompletionRequest
 from macaw_server.engine.types import CallClass
 
 from .graph import Graph
+
+USUAL_OUTPUT_TOKENS = 256
+"""What a call's answer is taken to need at most where nobody says less."""
 
 
 class Objective(NamedTuple):
@@ -21,11 +26,15 @@ class Objective(NamedTuple):
         call_class: The strictest that any consumer or target asks for; BACKGROUND while nothing asks.
         depth: Calls before this one on its longest path.
         group: Id of the consumer that its task group feeds. A chain that ends in a member belongs to it too.
+        remaining_tokens: Estimate of the output tokens on the longest path from here to the end, its own included.
+        deadline_ms: The earliest of the targets behind it, from the program's start.
     """
 
     call_class: CallClass = CallClass.BACKGROUND
     depth: int = 0
     group: str | None = None
+    remaining_tokens: float = 0.0
+    deadline_ms: float = math.inf
 
 
 def deduce(graph: Graph, calls: Iterable[str]) -> dict[str, Objective]:
@@ -39,6 +48,7 @@ def deduce(graph: Graph, calls: Iterable[str]) -> dict[str, Objective]:
     - The strictest wins; among equals the one deduced first, which is the one nearest to the targets.
     """
     best = {call_id: Objective(depth=graph.depth[call_id]) for call_id in calls}
+    _look_ahead(graph, best)
     heads: set[str] = set()  # calls that are the only feeder of some member of a group
 
     def offer(call_id: str, call_class: CallClass, group: str | None) -> None:
@@ -46,7 +56,7 @@ def deduce(graph: Graph, calls: Iterable[str]) -> dict[str, Objective]:
         if old is None:
             return
         if call_class < old.call_class or (call_class == old.call_class and old.group is None):
-            best[call_id] = Objective(call_class, old.depth, group)
+            best[call_id] = old._replace(call_class=call_class, group=group)
 
     def feed(consumer: str, feeders: list[str], call_class: CallClass, group: str | None) -> None:
         """Offer a consumer's class to the calls that feed it and that no other feeder waits for."""
@@ -68,3 +78,29 @@ def deduce(graph: Graph, calls: Iterable[str]) -> dict[str, Objective]:
     for call_id in reversed(list(best)):
         feed(call_id, graph.feeders_of(call_id), best[call_id].call_class, best[call_id].group)
     return best
+
+
+def _look_ahead(graph: Graph, objectives: dict[str, Objective]) -> None:
+    """Fill in what lies between each call and the end of the program."""
+    after = dict.fromkeys(objectives, 0.0)
+    deadlines = dict.fromkeys(objectives, math.inf)
+    for target in graph.targets:
+        for call_id in graph.feeders[target.variable]:
+            if call_id in deadlines and target.deadline_ms is not None:
+                deadlines[call_id] = min(deadlines[call_id], target.deadline_ms)
+    for call_id in reversed(list(objectives)):
+        remaining, deadline_ms = after[call_id] + _output_tokens(graph, call_id), deadlines[call_id]
+        objectives[call_id] = objectives[call_id]._replace(remaining_tokens=remaining, deadline_ms=deadline_ms)
+        for feeder in graph.feeders_of(call_id):
+            if feeder in after:
+                after[feeder] = max(after[feeder], remaining)
+                deadlines[feeder] = min(deadlines[feeder], deadline_ms)
+
+
+def _output_tokens(graph: Graph, call_id: str) -> int:
+    """How many tokens a call's answer may need: limits are often far above what comes."""
+    step = graph.steps[call_id]
+    assert isinstance(step, Call), f"{call_id!r} is a {type(step).__name__}"
+    request = step.request
+    limit = request.max_completion_tokens if isinstance(request, ChatCompletionRequest) else None
+    return min(limit or request.max_tokens or USUAL_OUTPUT_TOKENS, USUAL_OUTPUT_TOKENS)

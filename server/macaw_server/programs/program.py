@@ -7,6 +7,7 @@ that every report gives back. `now_ms` is always the time since the program was 
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from macaw.protocol import (
     Transform,
     VariableResolved,
 )
-from macaw_server.engine.types import CallClass
+from macaw_server.engine.types import CallClass, CallHints
 
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
@@ -50,6 +51,8 @@ class CallNode:
         depth: Calls before it on its longest path.
         call_class: What the application waits for here; deduced anew when the program grows.
         group: Task group within the program, if any.
+        remaining_tokens: Estimate of the output tokens from here to the end of the program, as known so far.
+        deadline_ms: Of the targets behind it, from the program's start.
         timings: Milliseconds since the program was created.
         prompt_tokens: Known when the call has started.
         cached_tokens: Prompt tokens that were found in the cache.
@@ -64,6 +67,8 @@ class CallNode:
     depth: int = 0
     call_class: CallClass = CallClass.BACKGROUND
     group: str | None = None
+    remaining_tokens: float = 0.0
+    deadline_ms: float = math.inf
     timings: CallTimings = field(default_factory=CallTimings)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -213,6 +218,28 @@ class Program:
             taken.append(node)
         return taken
 
+    def hints(self, node: CallNode, *, started_s: float, tenant: str, tenant_weight: float = 1.0) -> CallHints:
+        """What the scheduler should know of a call that was handed out.
+
+        Args:
+            node: The call.
+            started_s: When the program was created, on the scheduler's clock.
+            tenant: Whose it is.
+            tenant_weight: Above 0.
+        """
+        unknown = self._plain or self._open
+        return CallHints(
+            program_id=self.id,
+            call_class=node.call_class,
+            depth=node.depth,
+            group=node.group,
+            arrival_s=started_s + (node.timings.ready_ms or 0.0) / 1000,
+            tenant=tenant,
+            tenant_weight=tenant_weight,
+            remaining_tokens=None if unknown else node.remaining_tokens,
+            deadline_s=started_s + node.deadline_ms / 1000,
+        )
+
     def values(self, node: CallNode) -> dict[str, str]:
         """The values of the variables in the prompt of a call that was handed out."""
         return self._flow.values(self._graph.inputs[node.call.id])
@@ -308,7 +335,7 @@ class Program:
         self._unfinished |= {step_id: None for step_id in new if step_id in self.calls}
         for call_id, objective in deduce(self._graph, self._unfinished).items():
             node = self.calls[call_id]
-            node.call_class, node.depth, node.group = objective
+            node.call_class, node.depth, node.group, node.remaining_tokens, node.deadline_ms = objective
         self._ready = [self._heap_entry(call_id) for *_, call_id in self._ready]
         heapq.heapify(self._ready)
         effects = self._flow.add(growth.variables, new)

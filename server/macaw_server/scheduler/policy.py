@@ -1,51 +1,89 @@
-"""Who goes first: ordering strategies, by name.
-
-This is the thin version. It knows what a call says of itself (`CallHints`); attained service, remaining
-critical path, fairness between tenants and the cost of recomputing come as further strategies or deeper keys
-behind the same interface.
-"""
+"""Who goes first: ordering strategies, by name. Pure: the clock is an argument."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from macaw_server.engine.types import CallClass
+from macaw_server.scheduler.fairness import AttainedService, FairShares
 from macaw_server.scheduler.types import Sequence
 
-AGEING_S = 30.0
-"""Whoever has waited longer goes before everybody younger, whatever their class. So a call waits at most this
-long plus the time to serve what came before it."""
+AGEING_S = 120.0
+"""Whoever has waited longer goes before everybody younger of its tenant, whatever their class. So a call waits at most
+this long, plus the time that its tenant's share of the engine takes for the tenant's calls that came before it."""
+TENANT_LEAD = 8192.0
+"""Service by which a tenant may be ahead of another one that waits, before it gives up a place in the batch."""
 
 Key = tuple[float, ...]
 
 
 class Policy(ABC):
-    """An order over sequences.
+    """An order over sequences: by lane, then those that are due, then by key.
 
     Attributes:
         name: What `--policy` calls it.
-        ageing_s: Wait in seconds after which arrival alone counts.
+        protects_latency: Whether other calls ride along only as far as they do not slow latency-critical ones.
+        ageing_s: Wait in seconds after which a sequence is due.
     """
 
     name: ClassVar[str]
+    protects_latency: ClassVar[bool] = False
     ageing_s: float = AGEING_S
 
     @abstractmethod
     def key(self, sequence: Sequence) -> Key:
-        """Its place among those that have not aged; smaller goes first. Does not change while it waits."""
+        """Its place among those of its lane that are not due; smaller goes first. Never falls while it waits."""
 
-    def order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+    def lane(self, sequence: Sequence) -> str:
+        """What it queues in; lanes take turns by `lane_rank`."""
+        return ""
+
+    def lane_rank(self, lane: str) -> float:
+        """The lane of the smallest rank goes first. Never falls while somebody waits in it."""
+        return 0.0
+
+    def due_s(self, sequence: Sequence) -> float:
+        """When it stops giving way."""
+        return sequence.arrival_s + self.ageing_s
+
+    def is_critical(self, sequence: Sequence) -> bool:
+        """Whether its time per token is what an application waits for."""
+        return sequence.request.hints.call_class is CallClass.LATENCY
+
+    def order(self, sequence: Sequence, now_s: float) -> tuple[float, bool, Key, int]:
         """Its place among all at this moment; smaller goes first."""
-        aged = now_s - sequence.arrival_s > self.ageing_s
-        return not aged, (sequence.arrival_s,) if aged else self.key(sequence), sequence.number
+        due_s = self.due_s(sequence)
+        due = now_s > due_s
+        return (
+            self.lane_rank(self.lane(sequence)),
+            not due,
+            (due_s,) if due else self.key(sequence),
+            sequence.number,
+        )
 
     def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
-        """Whoever is largest loses its pages first.
+        """Whoever is largest loses its pages first; does not depend on what has been served meanwhile.
 
-        The default preempts in reverse of the admission order: the first in order is never preempted while
-        another one runs, and therefore ends; so everybody does.
+        So the first in this order is never preempted while another one runs, and therefore ends; so everybody does.
         """
-        return self.order(sequence, now_s)
+        due_s = self.due_s(sequence)
+        due = now_s > due_s
+        return not due, (due_s,) if due else (sequence.arrival_s,), sequence.number
+
+    def preempts(self, waiting: Sequence, running: Sequence, now_s: float) -> bool:
+        """Whether a sequence that finds no place or no pages takes those of a running one."""
+        return False
+
+    def enter(self, sequence: Sequence) -> None:  # noqa: B027
+        """It has come."""
+
+    def leave(self, sequence: Sequence) -> None:  # noqa: B027
+        """It has ended."""
+
+    def charge(self, sequence: Sequence, service: float) -> None:  # noqa: B027
+        """It was served: prompt tokens computed, output tokens at `fairness.OUTPUT_SERVICE`."""
 
 
 class FcfsPolicy(Policy):
@@ -59,14 +97,73 @@ class FcfsPolicy(Policy):
 
 
 class AppPolicy(Policy):
-    """What applications wait for: by class, then the deepest call (it ends a program), then arrival."""
+    """What applications wait for.
+
+    1. Tenants, by weighted service received.
+    2. Calls that are due: by when they became so. A deadline makes a call due when it has to start.
+    3. Class: latency-critical, then task groups, then background.
+    4. Programs: the shortest remaining path where it is known, else the least service so far (Autellix, Luo et
+       al., 2025), in powers of two, so that programs of about the same size do not overtake each other in turns.
+    5. The deepest call: it ends a program. Then arrival, by which the calls of a group stay together.
+    """
 
     name = "app"
+    protects_latency = True
+
+    def __init__(self) -> None:
+        self.shares = FairShares()
+        self.attained = AttainedService()
 
     def key(self, sequence: Sequence) -> Key:
-        """By class, depth and arrival."""
+        """By class, size of the program, depth and arrival."""
         hints = sequence.request.hints
-        return (hints.call_class, -hints.depth, sequence.arrival_s)
+        size = self.attained[hints.program_id] if hints.remaining_tokens is None else hints.remaining_tokens
+        return (hints.call_class, _magnitude(size), -hints.depth, sequence.arrival_s)
+
+    def lane(self, sequence: Sequence) -> str:
+        """By tenant."""
+        return sequence.request.hints.tenant
+
+    def lane_rank(self, lane: str) -> float:
+        """By service."""
+        return self.shares.service(lane)
+
+    def due_s(self, sequence: Sequence) -> float:
+        """By age, or when its deadline wants it to start."""
+        return min(sequence.arrival_s + self.ageing_s, sequence.latest_start_s)
+
+    def preemption_order(self, sequence: Sequence, now_s: float) -> tuple[bool, Key, int]:
+        """The lowest class first, in it the latest: it has the least to compute again."""
+        due, key, number = super().preemption_order(sequence, now_s)
+        return due, (sequence.request.hints.call_class, *key) if due else key, number
+
+    def preempts(self, waiting: Sequence, running: Sequence, now_s: float) -> bool:
+        """A critical call goes before others, and a tenant that was served far less before one served more."""
+        if self.order(running, now_s) < self.order(waiting, now_s):
+            return False  # it would be taken in again at once
+        a, b = waiting.request.hints.tenant, running.request.hints.tenant
+        if self.shares.service(b) - self.shares.service(a) > TENANT_LEAD:
+            return True
+        return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
+
+    def enter(self, sequence: Sequence) -> None:
+        """Its tenant takes part from now on."""
+        self.shares.enter(sequence.request.hints.tenant)
+
+    def leave(self, sequence: Sequence) -> None:
+        """One call of its tenant less."""
+        self.shares.leave(sequence.request.hints.tenant)
+
+    def charge(self, sequence: Sequence, service: float) -> None:
+        """To its tenant, and to its program."""
+        hints = sequence.request.hints
+        self.shares.charge(hints.tenant, service, hints.tenant_weight)
+        self.attained.charge(hints.program_id, service)
+
+
+def _magnitude(size: float) -> float:
+    """The power of two at or below, of sizes from 64 tokens on."""
+    return math.floor(math.log2(max(size, 64.0)))
 
 
 _POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FcfsPolicy, AppPolicy)}

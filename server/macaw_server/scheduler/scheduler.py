@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from macaw_server.engine.types import EngineRequest, EngineStats, FinishReason
 from macaw_server.kvcache import Blocked, KVCache
+from macaw_server.scheduler.budget import StepBudget
+from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.policy import Policy, make_policy
 from macaw_server.scheduler.speculation import Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
+from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -30,7 +34,8 @@ class Scheduler:
 
     A step: every running sequence that decodes gets its token; then prefills go on, in policy order; then
     waiting sequences are admitted in policy order, while there are tokens in the budget and pages in the
-    pool.
+    pool. While latency-critical sequences decode, all others share what `StepBudget` leaves them, in
+    policy order: who gets nothing rests in the batch until that changes, or until it is due.
 
     - A sequence whose prefix another one is computing is *blocked*: it takes part again when the prefix is
       there, in the same step if it can, and holds up nobody meanwhile.
@@ -38,7 +43,9 @@ class Scheduler:
       pages it needs for ever. Sequences that run only give pages back, so it gets in.
     - Admission takes free and evictable pages only, and leaves one page for each running sequence to grow
       into. Pages for decoding may be taken from other sequences (`Policy.preemption_order`); nobody is
-      admitted in a step that preempts.
+      admitted in a step that preempts for them.
+    - The first in order that finds no place or no pages gets those of running sequences, one a step, if
+      `Policy.preempts` says that they have to give way.
     - Drafts get what is left then: tokens of the budget, and pages that are free or can be evicted, less one
       for each running sequence. The pages go back at the end of the step, so speculation neither preempts nor
       holds up anybody.
@@ -48,6 +55,7 @@ class Scheduler:
         kv_cache: Used by this scheduler alone.
         policy: Default: ``app``.
         make_proposer: Makes what proposes a request's draft tokens.
+        step_time: Predicts how long a step takes; the caller lets it observe them.
     """
 
     def __init__(
@@ -56,17 +64,20 @@ class Scheduler:
         kv_cache: KVCache,
         policy: Policy | None = None,
         make_proposer: ProposerFactory = prompt_lookup,
+        step_time: StepTimeModel | None = None,
     ) -> None:
         self.config = config
         self.kv_cache = kv_cache
         self.policy = policy or make_policy()
         self._make_proposer = make_proposer
+        self._step_time = step_time or StepTimeModel()
         self._max_len = min(config.max_model_len, kv_cache.num_pages * kv_cache.page_size)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
         self._running: dict[str, Sequence] = {}
         self._followers: dict[str, list[tuple[int, int, Sequence]]] = {}  # by owner: heaps by pages needed
         self._num_added = 0
+        self._out_of_pages: Sequence | None = None  # who found none in the step before
         self._stats = EngineStats(pages_total=kv_cache.num_pages)
 
     @property
@@ -107,12 +118,13 @@ class Scheduler:
         if not 0 < arrival_s <= now_s:  # not set, or of another clock
             arrival_s = now_s
         self._num_added += 1
-        sequence = Sequence(request, arrival_s, self._num_added)
+        sequence = Sequence(request, arrival_s, self._num_added, self._latest_start_s(request))
         sequence.finish_reason = self._finish_reason(sequence)
         if sequence.finish_reason:
             sequence.status = SequenceStatus.FINISHED
         else:
             self._sequences[request.request_id] = sequence
+            self.policy.enter(sequence)
             self._waiting.push(sequence)
         return sequence
 
@@ -135,16 +147,17 @@ class Scheduler:
         """
         batch = ScheduledBatch()
         self._allocate_for_decode(batch, now_s)
-        budget = self.config.max_num_batched_tokens
-        prefills = []
-        for sequence in self._running.values():
-            if sequence.num_uncomputed == 1:
-                budget -= self._run(batch, sequence, 1)
-            else:
-                prefills.append(sequence)
+        may_admit = not batch.preempted
+        if may_admit:
+            self._make_way(batch, now_s)
+        decodes = [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]
+        prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
+        critical = [s for s in decodes if self.policy.protects_latency and self.policy.is_critical(s)]
+        budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, critical, self.config.latency_slowdown)
+        self._decode(batch, decodes, budget, now_s)
         for sequence in sorted(prefills, key=lambda sequence: self.policy.order(sequence, now_s)):
-            budget -= self._run(batch, sequence, budget)
-        if not batch.preempted:
+            self._run(batch, sequence, budget, now_s)
+        if may_admit:
             self._admit(batch, budget, now_s)
         if self.config.max_draft_tokens:
             self._speculate(batch)
@@ -171,6 +184,7 @@ class Scheduler:
             tokens = sampled[sequence.request_id]
             sequence.token_ids += tokens
             self._stats.output_tokens += len(tokens)
+            self.policy.charge(sequence, OUTPUT_SERVICE * len(tokens))
             if chunk.drafts:
                 num_accepted = max(len(tokens) - 1, 0)
                 self.kv_cache.mark_computed(sequence.pages, num_accepted)
@@ -217,17 +231,50 @@ class Scheduler:
                 self._preempt(victim)
                 batch.preempted.append(victim)
 
-    def _admit(self, batch: ScheduledBatch, budget: int, now_s: float) -> None:
+    def _make_way(self, batch: ScheduledBatch, now_s: float) -> None:
+        """Preempt one running sequence for the first in order if that finds no place, or has found no pages."""
+        full = len(self._running) == self.config.max_num_seqs
+        waiting = self._waiting.first(now_s) if full or self._out_of_pages else None
+        if waiting is None or not (full or waiting is self._out_of_pages):
+            return
+        victims = [running for running in self._running.values() if self.policy.preempts(waiting, running, now_s)]
+        if victims:
+            victim = max(victims, key=lambda running: self.policy.preemption_order(running, now_s))
+            self._preempt(victim)
+            batch.preempted.append(victim)
+
+    def _decode(self, batch: ScheduledBatch, decodes: list[Sequence], budget: StepBudget, now_s: float) -> None:
+        """Run the sequences that decode: all of them, or the critical ones and as many others as there is time for.
+
+        Chunks keep the order of the batch, in which the attention planner knows it.
+        """
+        others = [sequence for sequence in decodes if self._gives_way(sequence, now_s)]
+        if budget.limited:
+            others.sort(key=lambda sequence: self.policy.order(sequence, now_s))
+        budget.take(0, len(decodes) - len(others), gives_way=False)
+        left_out = set()
+        for sequence in others:
+            if budget.room(sequence.num_computed, 1, gives_way=True):
+                budget.take(sequence.num_computed, 1, gives_way=True)
+            else:
+                left_out.add(sequence.number)
+        for sequence in decodes:
+            if sequence.number not in left_out:
+                self._append(batch, sequence, 1)
+
+    def _admit(self, batch: ScheduledBatch, budget: StepBudget, now_s: float) -> None:
+        self._out_of_pages = None
         for _ in range(self.config.max_num_seqs + MAX_LOOKUPS_PER_STEP):
-            if budget == 0 or len(self._running) == self.config.max_num_seqs:
+            if budget.num_tokens == 0 or len(self._running) == self.config.max_num_seqs:
                 return
-            sequence = self._waiting.first(now_s)
-            if sequence is None:
+            sequence = self._waiting.first(now_s, yielding=not budget.exhausted)
+            if sequence is None or sequence in batch.preempted:
                 return
             pages = self.kv_cache.admit(
                 sequence.request_id, sequence.token_ids, sequence.request.salt, reserve=len(self._running)
             )
             if pages is None:
+                self._out_of_pages = sequence
                 return
             self._waiting.remove(sequence)
             if isinstance(pages, Blocked):
@@ -243,7 +290,12 @@ class Scheduler:
                 self._stats.prompt_tokens += len(sequence.token_ids)
                 self._stats.cached_tokens += pages.num_cached
                 batch.admitted.append(sequence)
-            budget -= self._run(batch, sequence, budget)
+            self._run(batch, sequence, budget, now_s)
+
+    def _gives_way(self, sequence: Sequence, now_s: float) -> bool:
+        """Whether it takes only what critical sequences leave."""
+        policy = self.policy
+        return policy.protects_latency and not policy.is_critical(sequence) and now_s <= policy.due_s(sequence)
 
     def _speculate(self, batch: ScheduledBatch) -> None:
         """Add drafts to the chunks that decode, where they pay."""
@@ -272,18 +324,25 @@ class Scheduler:
         stop = next((i for i, token in enumerate(guess.token_ids) if token in sampling.stop_token_ids), None)
         return guess._replace(token_ids=guess.token_ids[:stop])
 
-    def _run(self, batch: ScheduledBatch, sequence: Sequence, budget: int) -> int:
-        """Put as much of a sequence into the batch as the budget allows; returns the number of tokens."""
+    def _run(self, batch: ScheduledBatch, sequence: Sequence, budget: StepBudget, now_s: float) -> None:
+        """Put as much of a sequence into the batch as the budget allows."""
         start, left = sequence.num_computed, sequence.num_uncomputed
-        length = min(left, budget, self.config.max_prefill_chunk or left)
-        if length == 0:
-            return 0
-        batch.chunks.append(ScheduledChunk(sequence, start, length, samples=length == left))
+        gives_way = self._gives_way(sequence, now_s)
+        length = budget.room(start, min(left, self.config.max_prefill_chunk or left), gives_way=gives_way)
+        if length:
+            budget.take(start, length, gives_way=gives_way)
+            self._append(batch, sequence, length)
+
+    def _append(self, batch: ScheduledBatch, sequence: Sequence, length: int) -> None:
+        """Put the next tokens of a sequence into the batch."""
+        start = sequence.num_computed
+        batch.chunks.append(ScheduledChunk(sequence, start, length, samples=length == sequence.num_uncomputed))
         self.kv_cache.mark_computed(sequence.pages, length)
         num_prompt = len(sequence.request.prompt_ids)
         self._stats.computed_tokens += max(0, min(start + length, num_prompt) - start)
+        self.policy.charge(sequence, max(0, min(start + length, num_prompt) - max(start, sequence.num_charged)))
+        sequence.num_charged = max(sequence.num_charged, start + length)
         self._wake_followers(sequence, sequence.num_computed // self.kv_cache.page_size)
-        return length
 
     def _wake_followers(self, owner: Sequence, num_pages: int | None = None) -> None:
         """Let those take part again who wait for so many pages of `owner`; all of them if it is gone."""
@@ -297,6 +356,16 @@ class Scheduler:
                 self._waiting.push(follower)
         if not followers:
             del self._followers[owner.request_id]
+
+    def _latest_start_s(self, request: EngineRequest) -> float:
+        """The deadline, less the time that the rest of the program takes in a batch that slows it as far as allowed."""
+        hints, num_prompt = request.hints, len(request.prompt_ids)
+        if hints.deadline_s == math.inf:
+            return math.inf
+        prefill_ms = self._step_time.predict(StepFeatures().plus(0, num_prompt, num_samples=1))
+        decode_ms = self._step_time.predict(StepFeatures().plus(num_prompt, 1, num_samples=1))
+        num_outputs = request.sampling.max_tokens if hints.remaining_tokens is None else hints.remaining_tokens
+        return hints.deadline_s - (prefill_ms + num_outputs * decode_ms * self.config.latency_slowdown) / 1000
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -323,6 +392,7 @@ class Scheduler:
         elif sequence.status is SequenceStatus.WAITING:
             self._waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self.policy.leave(sequence)
         del self._sequences[sequence.request_id]
 
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:

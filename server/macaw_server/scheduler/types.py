@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -34,6 +35,8 @@ class SchedulerConfig:
         max_prefill_chunk: Prompt tokens of one sequence in one step; None leaves it to the budget.
         max_draft_tokens: Draft tokens of one sequence in one step; 0 is no speculation.
         ridge: Rows of a step that cost as much as the step does without any; see `speculation`.
+        latency_slowdown: While latency-critical sequences decode, others make a step at most so many times longer
+            than it would be with these alone.
     """
 
     max_num_seqs: int
@@ -42,6 +45,7 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = None
     max_draft_tokens: int = 0
     ridge: float = 8.0
+    latency_slowdown: float = 3.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
@@ -52,6 +56,8 @@ class SchedulerConfig:
             )
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len of {self.max_model_len} leaves no output; it must be at least 2.")
+        if self.latency_slowdown < 1:
+            raise ValueError(f"latency_slowdown of {self.latency_slowdown} is no slowdown; it must be at least 1.")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ValueError(f"max_prefill_chunk of {self.max_prefill_chunk} is no progress; it must be at least 1.")
 
@@ -63,6 +69,7 @@ class Sequence:
     Attributes:
         request: As it came.
         arrival_s: When the call became ready, on the scheduler's clock.
+        latest_start_s: When it has to start to meet its program's deadline.
         number: Counts requests in the order in which they were added; the last word between equals.
         token_ids: Prompt and output so far.
         status: See there.
@@ -70,18 +77,21 @@ class Sequence:
         allocation: Its pages while it is running.
         cached_tokens: Prompt tokens found in the cache when it first entered a batch.
         num_preemptions: How often it lost its pages.
+        num_charged: Tokens from the front that count as served: those computed again are not charged again.
         drafter: Guesses its next tokens; made when it first decodes, if there is speculation.
     """
 
     request: EngineRequest
     arrival_s: float
     number: int
+    latest_start_s: float = math.inf
     token_ids: list[int] = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     allocation: Allocation | None = None
     cached_tokens: int | None = None
     num_preemptions: int = 0
+    num_charged: int = 0
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from macaw.protocol import (
     Transform,
     VariablePart,
 )
-from macaw_server.engine.types import CallHints, EngineRequest, SamplingParams
+from macaw_server.engine.types import EngineRequest, SamplingParams
 from macaw_server.programs.program import CallNode, Program
 from macaw_server.simulate.infinite_cache import InfiniteCache
 from macaw_server.simulate.records import CallRecord, ProgramRecord
@@ -244,7 +244,7 @@ class Applications:
             prompt,
             SamplingParams(max_tokens=call.output_len, temperature=0.0),
             salt=spec.tenant,
-            hints=_hints(program, node, now_s),
+            hints=program.hints(node, started_s=run.created_s[program.id], tenant=spec.tenant),
         )
         record = CallRecord(len(prompt), call.output_len, now_s)
         record.shared_tokens = self._infinite_cache.look_up(spec, run.specs, call)
@@ -257,17 +257,6 @@ class Applications:
 
     def _program_ms(self, run: _Run, program: Program, now_s: float) -> float:
         return (now_s - run.created_s[program.id]) * 1000
-
-
-def _hints(program: Program, node: CallNode, now_s: float) -> CallHints:
-    """As `service.program_run` makes them."""
-    return CallHints(
-        program_id=program.id,
-        call_class=node.call_class,
-        depth=node.depth,
-        group=node.group,
-        arrival_s=now_s,
-    )
 
 
 def _wire(call: CallSpec, *, alone: bool = False) -> Call:

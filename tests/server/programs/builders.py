@@ -28,8 +28,8 @@ def transform(transform_id: str, op: str, *inputs: str, **args: Any) -> Transfor
     )
 
 
-def targets(*names: str, objective: Any = "latency") -> list[Target]:
-    return [Target(variable=name, objective=objective) for name in names]
+def targets(*names: str, objective: Any = "latency", deadline_ms: float | None = None) -> list[Target]:
+    return [Target(variable=name, objective=objective, deadline_ms=deadline_ms) for name in names]
 
 
 def program(*steps: Call | Transform, target: str | list[Target] | None = None, **fields: Any) -> Program:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 from macaw.protocol import ProgramGrowth, Target
 from macaw_server.engine.types import CallClass
 from macaw_server.programs.program import Program
@@ -105,3 +107,21 @@ def test_a_wide_and_deep_program_is_deduced_quickly_enough_to_count() -> None:
     assert result["l0.0"] == (GROUP, "l1.49", 0)
     assert result["l19.7"] == (GROUP, "end", 19)
     assert result["end"] == (LATENCY, None, 20)
+
+
+def test_what_is_left_is_the_longest_path_in_output_tokens() -> None:
+    steps = [
+        call("a", max_tokens=10),
+        call("b", "a.out", max_tokens=20),
+        call("c", "a.out", max_tokens=5),
+        call("d", "b.out", "c.out", max_tokens=100_000),
+    ]
+    nodes = program(*steps, target="d.out").calls
+    assert {name: node.remaining_tokens for name, node in nodes.items()} == {"a": 286, "b": 276, "c": 261, "d": 256}
+
+
+def test_a_deadline_holds_for_all_that_comes_before() -> None:
+    steps = [call("a"), call("b", "a.out"), call("c", "a.out")]
+    nodes = program(*steps, target=[*targets("b.out", deadline_ms=50), *targets("c.out", deadline_ms=90)]).calls
+    assert {name: node.deadline_ms for name, node in nodes.items()} == {"a": 50, "b": 50, "c": 90}
+    assert program(call("a"), target="a.out").calls["a"].deadline_ms == math.inf

@@ -17,6 +17,7 @@ from macaw_server.scheduler import (
     SchedulerConfig,
     Sequence,
     SequenceStatus,
+    StepTimeModel,
     make_policy,
     prompt_lookup,
 )
@@ -35,11 +36,10 @@ def request(
     stop: frozenset[int] = frozenset(),
     min_tokens: int = 0,
     call_class: CallClass = CallClass.LATENCY,
-    depth: int = 0,
-    arrival_s: float = 0.0,
+    **hints,
 ) -> EngineRequest:
     sampling = SamplingParams(max_tokens, stop_token_ids=stop, min_tokens=min_tokens)
-    hints = CallHints(call_class=call_class, depth=depth, arrival_s=arrival_s)
+    hints = CallHints(call_class=call_class, **hints)
     return EngineRequest(request_id, prompt, sampling, salt, hints, list(output))
 
 
@@ -89,17 +89,25 @@ class EngineModel:
         max_prefill_chunk: int | None = None,
         max_draft_tokens: int = 0,
         ridge: float = 1e6,
+        latency_slowdown: float = 1e6,
+        step_time: StepTimeModel | None = None,
         make_proposer: ProposerFactory = prompt_lookup,
         policy: str | Policy = "fcfs",
         sampler: Callable[[list[int]], int] = sample,
         cache: KVCache | None = None,
     ) -> None:
         config = SchedulerConfig(
-            max_num_seqs, max_num_batched_tokens, max_model_len, max_prefill_chunk, max_draft_tokens, ridge
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            max_prefill_chunk,
+            max_draft_tokens,
+            ridge,
+            latency_slowdown,
         )
         self.cache = cache or KVCache(num_pages, page_size)
         policy = make_policy(policy) if isinstance(policy, str) else policy
-        self.scheduler = Scheduler(config, self.cache, policy, make_proposer)
+        self.scheduler = Scheduler(config, self.cache, policy, make_proposer, step_time)
         self.memory = KVMemory(self.cache)
         self.sampler = sampler
         self.now_s = 1.0

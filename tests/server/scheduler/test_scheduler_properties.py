@@ -1,5 +1,7 @@
 """Random requests on tiny engines: nothing is lost, mixed up, starved or computed twice."""
 
+import math
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -22,6 +24,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ageing_s=st.sampled_from([0.05, 30.0]),
         max_draft_tokens=st.sampled_from([0, 1, 5]),
         ridge=st.sampled_from([1.0, 1e6]),
+        latency_slowdown=st.sampled_from([1.0, 1.5, 1e6]),
         noise=st.sampled_from([0.0, 0.3, 1.0]),
     )
     def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
@@ -50,6 +53,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "tenant"]),
         call_class=st.sampled_from(CallClass),
         depth=st.integers(0, 2),
+        tenant=st.sampled_from(["", "", "other"]),
+        program_id=st.sampled_from(["p", "q"]),
+        remaining_tokens=st.sampled_from([None, 10.0, 1000.0]),
+        deadline_s=st.sampled_from([math.inf, 1.1, 30.0]),
         copies=st.integers(1, 3),
     )
     def add(self, family, shared, own, output, copies, **kwargs):
