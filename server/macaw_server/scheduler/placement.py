@@ -1,10 +1,12 @@
-"""Which of several engines runs a call: the one that is done with it first. Pure.
+"""Which of several engines runs a call: where it is done soon, at little cost to others. Pure.
 
-An engine can be done with a call after the work that it has taken on, and the part of the prompt that its cache does
-not hold (Preble: Srivatsa et al., ICLR 2025, has the same sum). So a call goes where its prefix is, unless others would
-make it wait there for longer than the prefix saves. Task groups need no rule of their own: each member that is placed
-adds to its engine's work, so a group stays together as long as its shared prefix costs more to compute again than the
-members that are already there, and spreads when it costs less. A consumer finds its producer's pages like any prefix.
+An engine is done with a call's prompt after the work that it has taken on, and the part of the prompt that its cache
+does not hold (as in Preble: Srivatsa et al., ICLR 2025). That part counts twice, since others wait for it too.
+So a call goes where its prefix is, unless it would wait there for longer than the prefix saves, to it and to others.
+
+Task groups need no rule of their own: each member that is placed adds to its engine's work, so a group stays together
+as long as its shared prefix costs more to compute again than the members that are there, and spreads when it costs
+less. A consumer finds its producer's pages like any other prefix.
 """
 
 from __future__ import annotations
@@ -126,16 +128,16 @@ class Placement:
             raise RuntimeError("No engine is alive; restore one before placing requests.")
         costs, num_tokens = self._step_time.coefficients, len(request.prompt_ids) + len(request.output_ids)
         hashes = self._index.hashes(request.prompt_ids, request.salt)
-        best: tuple[float, float, int] | None = None
-        for num_blocks, holders in (*self._index.holders(hashes), (0, self._alive)):
-            engine = min(holders, key=lambda engine: (self._work_ms[engine], engine), default=None)
-            if engine is None:
-                continue
+        best: list[tuple[float, float, int]] = []
+        num_left = len(self._alive)
+        for num_blocks, engines in (*self._index.holders(hashes), (0, self._alive)):
+            if num_left == 0:
+                break
+            num_left -= len(engines)
+            engine = min(engines, key=self._work_ms.__getitem__)
             prefill_ms = _prefill_ms(costs, num_blocks * self._index.block_size, num_tokens)
-            candidate = (self._work_ms[engine] + prefill_ms, prefill_ms, engine)
-            best = candidate if best is None else min(best, candidate)
-        assert best is not None
-        _, prefill_ms, engine = best
+            best.append((self._work_ms[engine] + 2 * prefill_ms, prefill_ms, engine))
+        _, prefill_ms, engine = min(best)
         num_outputs = min(request.sampling.max_tokens, self._mean_output)
         decode_ms = num_outputs * (costs.token + costs.sample + (costs.kv_token + costs.score) * num_tokens)
         self._placed[request.request_id] = _Placed(engine, prefill_ms, decode_ms)

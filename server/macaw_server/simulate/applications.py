@@ -174,7 +174,7 @@ class Applications:
             for call in list(run.hidden.values()):  # producers come first
                 if not call.gap_s and not run.hidden.keys() & set(call.deps):
                     calls.append(run.hidden.pop(call.id))
-        action = partial(self._receive, run, calls)
+        action = partial(self._receive, run, calls, not run.hidden)
         if self._half_rtt_s:
             self._surroundings.call_at(now_s + self._half_rtt_s, action)
         else:
@@ -182,7 +182,7 @@ class Applications:
 
     # -- the server ------------------------------------------------------------------------------------------
 
-    def _receive(self, run: _Run, calls: list[CallSpec], now_s: float) -> None:
+    def _receive(self, run: _Run, calls: list[CallSpec], is_last: bool, now_s: float) -> None:
         """Take up what the client has sent; a part that has no call opens the program all the same."""
         spec = run.record.spec
         if spec.id not in self._runs:
@@ -193,7 +193,6 @@ class Applications:
                 request = ProgramRequest(calls=[_wire(call, alone=True)], targets=[target])
                 self._create(run, f"{spec.id}/{call.id}", request, now_s)
             return
-        is_last = not run.hidden
         growth = _growth(spec, calls, close=is_last)
         if spec.id in run.programs:
             program = run.programs[spec.id]
@@ -229,9 +228,9 @@ class Applications:
                 self._surroundings.abort(request_id)
         if program.error is not None:
             run.record.error = program.error.code
-        failed = run.record.error is not None
-        over = failed or (not run.hidden and all(program.ended for program in run.programs.values()))
-        if over and self._runs.pop(run.record.spec.id, None) is not None:
+        num_programs = len(run.specs) if self._as_requests else 1
+        over = len(run.programs) == num_programs and all(program.ended for program in run.programs.values())
+        if (over or run.record.error is not None) and self._runs.pop(run.record.spec.id, None) is not None:
             run.record.ended_s = now_s + self._half_rtt_s
             self._surroundings.on_end(run.record)
 

@@ -79,6 +79,7 @@ def run(
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Sequences in one batch.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Token budget of one step.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Prompt plus output, in tokens.")] = None,
+    latency_slowdown: Annotated[float | None, typer.Option(min=1, help="As for macaw serve.")] = None,
     write_trace: Annotated[Path | None, typer.Option(help="Write the workload as a trace here.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -92,6 +93,7 @@ def run(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
+        "latency_slowdown": latency_slowdown,
     }
     try:
         options = WorkloadOptions(seed, scale, programs, rate, background, tenants)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from macaw_server.engine.types import CallClass, CallHints, EngineRequest, SamplingParams
+from macaw_server.scheduler import StepTimeModel
 from macaw_server.simulate.virtual import SimulationConfig
 
 
@@ -45,7 +46,7 @@ def decision_cost(policy: str, num_waiting: int, *, min_calls: int = 2000) -> De
 
 def _round(policy: str, num_waiting: int, seed: int) -> tuple[float, int]:
     """Seconds of scheduling, and steps."""
-    scheduler = SimulationConfig(policy=policy, max_num_batched_tokens=2048).scheduler()
+    scheduler = SimulationConfig(policy=policy, max_num_batched_tokens=2048).scheduler(StepTimeModel())
     requests = _requests(num_waiting, seed)
     num_steps, now_s = 0, 1.0
     begin = time.perf_counter()

@@ -117,4 +117,5 @@ def config_of(core: EngineCore, engine: EngineConfig) -> SimulationConfig:
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_model_len=core.info.max_model_len,
+        latency_slowdown=engine.latency_slowdown,
     )

@@ -25,7 +25,7 @@ def run(
     options: WorkloadOptions,
     *,
     policies: Sequence[str],
-    limits: dict[str, int],
+    limits: dict[str, Any],
     num_engines: int,
     client: str,
     rtt_s: float,

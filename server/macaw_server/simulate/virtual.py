@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from macaw_server.engine.types import EngineRequest
@@ -33,6 +33,7 @@ class SimulationConfig:
         num_pages: Pages of one engine.
         page_size: Tokens per page.
         max_num_seqs, max_num_batched_tokens, max_model_len: Limits of one engine.
+        latency_slowdown: See `SchedulerConfig`; None is its default.
         client: Whether clients send programs, or each call by itself.
         rtt_s: Round trip between client and server.
     """
@@ -44,15 +45,19 @@ class SimulationConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_model_len: int = 32_768
+    latency_slowdown: float | None = None
     client: Client = "programs"
     rtt_s: float = 0.0
 
-    def scheduler(self) -> Scheduler:
+    def scheduler(self, step_time: StepTimeModel) -> Scheduler:
         """The scheduler of one engine."""
         config = SchedulerConfig(
             self.max_num_seqs, max(self.max_num_batched_tokens, self.max_num_seqs), self.max_model_len
         )
-        return Scheduler(config, KVCache(self.num_pages, self.page_size), make_policy(self.policy))
+        if self.latency_slowdown is not None:
+            config = replace(config, latency_slowdown=self.latency_slowdown)
+        cache = KVCache(self.num_pages, self.page_size)
+        return Scheduler(config, cache, make_policy(self.policy), step_time=step_time)
 
 
 @dataclass(slots=True, eq=False)
@@ -69,14 +74,14 @@ class Simulation:
 
     Args:
         config: See there.
-        step_time: How long steps take; it is not changed.
+        step_time: How long steps take, as the engines' schedulers know, too; it is not changed.
         programs: In order of arrival; pulled as time goes on.
     """
 
     def __init__(self, config: SimulationConfig, step_time: StepTimeModel, programs: Iterable[ProgramSpec]) -> None:
         self._step_time = step_time
         self._programs = iter(programs)
-        self._engines = [_Engine(i, config.scheduler()) for i in range(config.num_engines)]
+        self._engines = [_Engine(i, config.scheduler(step_time)) for i in range(config.num_engines)]
         self._placement = (
             Placement(config.num_engines, config.num_pages * config.page_size, step_time)
             if config.num_engines > 1

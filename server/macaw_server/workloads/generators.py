@@ -101,7 +101,7 @@ def _map_reduce(draw: _Draw, program_id: str) -> ProgramSpec:
 
 def _copilot(draw: _Draw, program_id: str) -> ProgramSpec:
     """A long system prompt that all share; prompts of 5224 to 7492 tokens, 6167 in the mean."""
-    query_len = 117 + 2268 * draw.random.betavariate(2.0, 2.32)
+    query_len = 117 + 2268 * draw.random.betavariate(2.0, 2.81)
     parts = (Text("copilot", draw.tokens(5107)), Text(f"{program_id}/query", draw.tokens(query_len)))
     return _single("copilot", program_id, parts, draw.between(183, 800))
 
@@ -114,7 +114,7 @@ def _gpts(draw: _Draw, program_id: str) -> ProgramSpec:
     """One of four apps, each with a prefix that its users share."""
     app = draw.random.choice(list(GPTS))
     prefix_len, query_len, output_len = GPTS[app]
-    query = Text(f"{program_id}/query", max(2, draw.between(0.5 * query_len, 1.5 * query_len)))
+    query = Text(f"{program_id}/query", draw.between(0.5 * query_len, 1.5 * query_len))
     parts = (Text(f"gpts/{app}", draw.tokens(prefix_len)), query)
     return _single(f"gpts/{app}", program_id, parts, draw.between(0.75 * output_len, 1.25 * output_len))
 
@@ -151,7 +151,7 @@ _ROLES = {"coder": 2120, "reviewer": 2246, "reviser": 2468}
 def _chat(draw: _Draw, program_id: str) -> ProgramSpec:
     """One turn of a chat; lengths as in ShareGPT."""
     parts = (_own(draw, program_id, min(draw.random.lognormvariate(6.63, 0.99), 6000)),)
-    return _single("chat", program_id, parts, max(2, draw.lognormal(5.02, 0.86, 2000)))
+    return _single("chat", program_id, parts, draw.lognormal(5.02, 0.86, 2000))
 
 
 def _agent(draw: _Draw, program_id: str) -> ProgramSpec:

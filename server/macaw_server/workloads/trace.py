@@ -70,8 +70,9 @@ def read_trace(path: Path) -> list[ProgramSpec]:
             deps = tuple(line.get("deps", ()))
             unknown = [dep for dep in deps if dep not in program.calls]
             if unknown or node in program.calls:
-                what = f"waits for {', '.join(map(repr, unknown))}, which no earlier" if unknown else "is the second"
-                raise TraceError(f"Line {number}: call {node!r} of program {program_id!r} {what} line of it is.")
+                names = ", ".join(map(repr, unknown))
+                what = f"waits for {names}, which no earlier line has" if unknown else "is the second line of that name"
+                raise TraceError(f"Line {number}: call {node!r} of program {program_id!r} {what}.")
             later_s = 0.0 if deps else max(0.0, timestamp_s - program.arrival_s)
             gap_s = line["gap_ms"] / 1000 if "gap_ms" in line else later_s
             program.calls[node] = CallSpec(node, _blocks(line, number), line["output_length"], deps, gap_s)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from macaw_server.workloads import (
+    BLOCK_SIZE,
+    WORKLOADS,
+    CallSpec,
+    Output,
+    ProgramSpec,
+    Text,
+    TraceError,
+    WorkloadOptions,
+    make_workload,
+    read_trace,
+    write_trace,
+)
+
+LINE = {"timestamp": 1000, "input_length": 600, "output_length": 20, "hash_ids": [7, 8]}
+
+
+def read(path: Path, *lines: object) -> list[ProgramSpec]:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return read_trace(path)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_written_and_read_again(name: str, tmp_path: Path) -> None:
+    programs = list(make_workload(name, WorkloadOptions(tenants=(1.0, 1.0), num_programs=3, rate=2.0)))
+    write_trace(programs, tmp_path / "trace")
+    for before, after in zip(programs, read_trace(tmp_path / "trace"), strict=True):
+        assert (after.id, after.tenant, after.app) == (before.id, before.tenant, before.app)
+        assert after.arrival_s == pytest.approx(before.arrival_s - programs[0].arrival_s, abs=2e-6)
+        assert set(after.targets) == set(before.targets)
+        assert after.prompt_lens() == before.prompt_lens()
+        for ours, theirs in zip(before.calls, after.calls, strict=True):
+            assert (theirs.id, theirs.output_len, theirs.deps) == (ours.id, ours.output_len, ours.deps)
+            assert theirs.gap_s == pytest.approx(ours.gap_s, abs=1e-5)
+
+
+def test_objective_and_deadline_are_kept(tmp_path: Path) -> None:
+    call = CallSpec("a", (Text("x", 5),), 3)
+    program = ProgramSpec("p", "app", 0.0, (call,), ("a",), "throughput", 2.5)
+    write_trace([program], tmp_path / "trace")
+    [found] = read_trace(tmp_path / "trace")
+    assert (found.objective, found.deadline_s) == ("throughput", 2.5)
+
+
+def test_equal_blocks_behind_equal_blocks_have_equal_numbers(tmp_path: Path) -> None:
+    system = Text("system", 2 * BLOCK_SIZE + 10)
+    first = CallSpec("a", (system, Text("x", BLOCK_SIZE)), 30)
+    programs = [
+        ProgramSpec("p", "app", 0.0, (first, CallSpec("b", (*first.parts, Output("a")), 1)), ("b",)),
+        ProgramSpec("q", "app", 1.0, (CallSpec("a", (system, Text("y", BLOCK_SIZE)), 30),), ("a",)),
+        ProgramSpec("r", "app", 1.0, (CallSpec("a", (Text("z", 1), system), 30),), ("a",)),
+        ProgramSpec("s", "app", 1.0, (first,), ("a",), tenant="other"),
+    ]
+    write_trace(programs, tmp_path / "trace")
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    p_a, p_b, q, r, s = (line["hash_ids"] for line in lines)
+    assert [len(ids) for ids in (p_a, p_b, q, r, s)] == [4, 4, 4, 3, 4]
+    assert p_b[:3] == p_a[:3]  # the fourth block of b goes on with the answer
+    assert p_b[3] != p_a[3]
+    assert q[:2] == p_a[:2]
+    assert q[2] != p_a[2]
+    assert not {*r, *s} & {*p_a, *p_b, *q}
+
+
+def test_mooncakes_own_lines_are_programs_of_one_call(tmp_path: Path) -> None:
+    later = {**LINE, "timestamp": 3500, "hash_ids": [7, 9], "input_length": 1024}
+    first, second = read(tmp_path / "t", later, LINE)
+    assert (first.arrival_s, second.arrival_s) == (0.0, 2.5)
+    assert first.calls[0].parts == (Text("block7", 512), Text("block8", 88))
+    assert second.calls[0].parts == (Text("block7", 512), Text("block9", 512))
+    assert first.targets == (first.calls[0].id,)
+
+
+def test_a_call_without_deps_comes_at_its_own_time(tmp_path: Path) -> None:
+    of = {"program_id": "p"}
+    [program] = read(
+        tmp_path / "t",
+        {**LINE, **of, "node": "a"},
+        {**LINE, **of, "node": "b", "timestamp": 1500},
+        {**LINE, **of, "node": "c", "deps": ["a", "b"], "gap_ms": 50},
+    )
+    assert [call.gap_s for call in program.calls] == [0.0, 0.5, 0.05]
+    assert program.targets == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Line 2 is not JSON"),
+        ("[1]", "Line 2 is not an object with timestamp, input_length"),
+        ({"timestamp": 1}, "Line 2 is not an object"),
+        ({**LINE, "colour": 1}, "unknown field 'colour'"),
+        ({**LINE, "input_length": "600"}, "input_length is '600'"),
+        ({**LINE, "output_length": 0}, "at least 1"),
+        ({**LINE, "hash_ids": [1]}, "600 tokens are 2 blocks of 512, not 1"),
+        ({**LINE, "objective": "fast"}, "it is latency or throughput"),
+        ({**LINE, "program_id": "p", "deps": ["x"]}, "waits for 'x', which no earlier line"),
+        ({**LINE, "program_id": "p", "node": "a"}, "call 'a' of program 'p' is the second line of that name"),
+    ],
+)
+def test_unsound_lines_are_refused_by_number(line: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match=message):
+        read(tmp_path / "t", {**LINE, "program_id": "p", "node": "a"}, line)
+
+
+def test_an_empty_trace(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="has no lines"):
+        read(tmp_path / "t", "", "")
