@@ -32,6 +32,14 @@ def test_leading_axes_and_half_precision_inputs() -> None:
     torch.testing.assert_close(y, x.float() @ weight.T, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 12, 13, 97, 200])
+@pytest.mark.parametrize(("n", "k"), [(1, 2), (37, 30), (200, 96)])
+def test_bfloat16_by_bfloat16_is_exact_but_for_the_order_of_sums(n: int, k: int, rows: int) -> None:
+    weight, bias, x = torch.randn(n, k).bfloat16(), torch.randn(n), torch.randn(rows, k).bfloat16()
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(PackedLinear(weight, bias, "bfloat16")(x).double(), expected, atol=1e-6 * k, rtol=1e-5)
+
+
 def test_float32_weights_packed_as_bfloat16_are_rounded_to_nearest() -> None:
     weight = torch.randn(40, 64)
     eye = torch.eye(64)

@@ -48,6 +48,21 @@ def test_queries_and_pages_of_different_dtypes(q_dtype: torch.dtype, kv_dtype: t
     torch.testing.assert_close(out.double(), batch.reference(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("profile", [ALWAYS_SHARE, NEVER_SHARE], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 7, 8, 16])
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (64, 96), (128, 128), (256, 64)], ids=str)
+def test_bfloat16_is_as_exact_as_torchs_own(profile: DeviceProfile, group_size: int, dims: tuple[int, int]) -> None:
+    """Weights may be rounded to bfloat16 before they meet the values, as PyTorch's attention does."""
+    batch = make_batch(LONG, HeadConfig(2 * group_size, 2, *dims))
+    batch.q, batch.k_pages, batch.v_pages = (x.bfloat16() for x in (batch.q, batch.k_pages, batch.v_pages))
+    for options in ({}, {"window": 300, "soft_cap": 5.0, "sinks": torch.linspace(-3, 3, 2 * group_size)}):
+        expected = batch.reference(**options)
+        got = batch.attend(profile, backend="native", **options).double()
+        nearest = (expected.bfloat16().double() - expected).abs().max()
+        assert (got - expected).abs().max() <= 2 * nearest + 2**-8 * expected.abs().max()
+        assert (got - expected).abs().mean() <= 2 * (expected.bfloat16().double() - expected).abs().mean()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 300.0])
 def test_scores_of_any_size(scale: float) -> None:
     """Exponentials neither overflow nor become all zero."""

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = [
-    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-Wall", "-Wno-psabi"),
 ]
 _BUILD_TIMEOUT_S = 600
@@ -36,7 +36,8 @@ def load_library() -> ctypes.CDLL:
     """Return the kernels as a shared library, built if need be (once, some seconds).
 
     The library lies in ``$MACAW_CACHE_DIR`` (default ``~/.cache/macaw``). ``MACAW_NATIVE=0`` does without it, ``CXX``
-    names the compiler.
+    names the compiler. ``MACAW_NATIVE_ARCH`` is its ``-march`` where not this processor is meant but less of it, such
+    as ``x86-64-v3``: what others have can so be tested here.
 
     Raises:
         NativeBuildError: No compiler, or it cannot compile the kernels.
@@ -62,6 +63,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "macaw"
 
 
+def _flags() -> list[str]:
+    return [f"-march={os.environ.get('MACAW_NATIVE_ARCH') or 'native'}", *FLAGS]
+
+
 def _compiler() -> str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for name in names:
@@ -72,7 +77,7 @@ def _compiler() -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Sources, flags, compiler and processor: what the library depends on."""
-    parts = [" ".join(FLAGS), compiler, platform.machine(), _processor()]
+    parts = [" ".join(_flags()), compiler, platform.machine(), _processor()]
     try:
         parts.append(subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError) as e:
@@ -98,7 +103,7 @@ def _build(compiler: str, library: Path) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            command = [compiler, *FLAGS, *sources, "-o", str(built)]
+            command = [compiler, *_flags(), *sources, "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
             if done.returncode:
                 raise NativeBuildError(f"{compiler} failed:\n{done.stderr[-2000:]}")

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from macaw_kernels.cpu.attention import AttentionArgs, plan_arguments
@@ -18,6 +20,9 @@ from macaw_kernels.types import AttentionPlan, HeadConfig
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+PHASES = ("rows", "qkv", "rotate", "attend", "output", "inner", "down", "logits")
+"""Parts of a step, as `Phase` of csrc/decoder.h; `rows` are norms and residuals."""
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
@@ -158,11 +163,15 @@ class _Step(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("attention_workspace", ctypes.c_int64),
+        ("phase_s", ctypes.c_void_p),
     )
 
 
 class NativeDecoder:
     """A model with packed weights, and its forward pass over a ragged batch.
+
+    Attributes:
+        phase_s: Seconds are added up here, one sum for each of `PHASES`; None unless someone wants to know.
 
     Args:
         weights: Copied, except for the embedding.
@@ -184,6 +193,7 @@ class NativeDecoder:
         self.weight_type = weight_type
         self._kv: tuple[object, object] | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self.phase_s: NDArray[np.float64] | None = None
 
         self._windows = sorted({layer.window for layer in weights.layers}, key=lambda window: window or 0)
         if len(self._windows) > 2 or len(weights.ropes) > 2:
@@ -267,6 +277,7 @@ class NativeDecoder:
             num_rows=len(rows),
             logits=logits.data_ptr(),
             attention_workspace=attention_workspace,
+            phase_s=None if self.phase_s is None else self.phase_s.ctypes.data,
         )
         self._struct.page_size = plan.page_size
         pointers = (ctypes.byref(self._struct), ctypes.byref(step))

@@ -1,4 +1,4 @@
-"""Linear layers over packed weights: float32 activations, weights in float32, bfloat16 or int8."""
+"""Linear layers over packed weights in float32, bfloat16 or int8."""
 
 from __future__ import annotations
 
@@ -89,13 +89,18 @@ class PackedLinear:
         return self._panels.numel() * self._panels.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return ``[..., n]`` float32 for `x` ``[..., k]`` of any floating dtype."""
+        """Return ``[..., n]`` float32 for `x` ``[..., k]`` of any floating dtype.
+
+        bfloat16 by bfloat16 is multiplied as it is; everything else is multiplied as float32.
+        """
         if x.shape[-1] != self.k:
             raise ValueError(f"input has {x.shape[-1]} features, the weight {self.k}")
-        rows = x.detach().to(torch.float32).reshape(-1, self.k).contiguous()
+        as_bf16 = x.dtype == torch.bfloat16 == self._panels.dtype
+        rows = x.detach().to(torch.bfloat16 if as_bf16 else torch.float32).reshape(-1, self.k).contiguous()
         y = torch.empty(*x.shape[:-1], self.n)
         load_library().macaw_linear(
             ctypes.byref(self.struct),
+            ctypes.c_int32(as_bf16),
             ctypes.c_void_p(rows.data_ptr()),
             ctypes.c_int64(self.k),
             ctypes.c_int64(len(rows)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from macaw_kernels import ALWAYS_SHARE
 from macaw_kernels.cpu.decoder import DecoderWeights
 from macaw_server.config import EngineConfig
 from macaw_server.engine import attention
@@ -231,6 +233,20 @@ def test_the_native_decoder_is_checked_against_the_model(
     assert f"native CPU decoder with {quantization or dtype} weights" in caplog.text
     if quantization:
         assert core.info.weight_bytes < EngineCore(EngineConfig(model=str(llama), dtype=dtype)).info.weight_bytes
+
+
+def test_native_bfloat16_is_as_exact_as_the_stock_model() -> None:
+    """Against float32 with the same weights; what it rounds to bfloat16, if anything, the stock modules round too."""
+    model = make_model("llama", head_dim=64).bfloat16()
+    exact = copy.deepcopy(model).float()
+    prompts = probe._prompts(600)
+    with torch.inference_mode():
+        truth = [probe._stock_logits(exact, prompt) for prompt in prompts]
+        stock = [probe._stock_logits(model, prompt) for prompt in prompts]
+        ready = probe.prepare(model, EngineConfig(model="llama", dtype="bfloat16"), ALWAYS_SHARE, lambda: 512)
+        assert ready.backend == "native"
+        native_logits = probe._paged_logits(model, ready.forward, ready.layers, prompts, ALWAYS_SHARE)
+    assert probe._error(native_logits, truth) < probe._error(stock, truth)
 
 
 def test_a_context_shorter_than_the_probe_is_served_natively(llama: Path) -> None:

@@ -4,10 +4,11 @@
 //
 //     s_ij = q_i . k_j * scale,   o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)
 //
-// A task takes its keys in blocks that stay in the L1 cache, converted to float32 once for all of its queries, with
-// the running maximum and sum of online softmax. Queries lie in the lanes of vectors: a key's elements are broadcast,
-// so that nothing is ever summed across a vector, and rows of any number and any group size fill the lanes alike.
-// Exponents are to base 2 inside; log2(e) goes with the scale.
+// A task takes its keys in blocks that stay in the L1 cache, copied once for all of its queries, with the running
+// maximum and sum of online softmax. Queries lie in the lanes of vectors: a key's elements are broadcast, so that
+// nothing is ever summed across a vector, and rows of any number and any group size fill the lanes alike. Products are
+// of float32; or of bfloat16 in pairs where queries and pages are that, and the processor can: then weights are
+// rounded to it, too. Exponents are to base 2 inside; log2(e) goes with the scale.
 
 #include "attention.h"
 
@@ -33,6 +34,10 @@ int row_stride(const AttentionArgs& args) {
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
+int64_t num_lanes(const AttentionArgs& args) {
+  return round_up(task_rows(args) * (args.num_q_heads / args.num_kv_heads), kUnitLanes);
+}
+
 // What the threads share at the start of the workspace.
 struct Shared {
   Counter tasks, rows;
@@ -40,35 +45,33 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 256, "as attention.h says");
 
-// One thread's memory.
+// One thread's memory; Q: what is multiplied, with pairs of it in the place of an element (simd.h).
+template <class Q>
 struct Scratch {
-  float *q, *o;       // [units][head_dim or v_head_dim][kUnitLanes]
+  Q* q;               // [units][head_dim][kUnitLanes]
+  float* o;           // [units][v_head_dim][kUnitLanes]
   float *top, *total; // [lanes] of online softmax
   int32_t *first, *end;  // [lanes] the keys that each sees
-  float *k, *v;       // [kBlockKeys][row_stride]
+  Q *k, *v;           // [kBlockKeys][row_stride]
   float* s;           // [kBlockKeys][kUnitLanes]
 
-  static int64_t lanes(const AttentionArgs& args) {
-    return round_up(task_rows(args) * (args.num_q_heads / args.num_kv_heads), kUnitLanes);
-  }
-  // Lay the arrays out in memory, all of them aligned to 64 bytes; returns how many elements that is.
+  // Lay the arrays out in memory, all of them aligned to 64 bytes; returns how many floats that is.
   int64_t layout(float* memory, const AttentionArgs& args) {
-    const int64_t n = lanes(args), stride = row_stride(args);
+    const int64_t n = num_lanes(args), stride = row_stride(args);
     int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      float* p = memory ? memory + used : nullptr;
+    const auto take = [&](auto*& array, int64_t size) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(memory + used);
       used += round_up(size, 16);
-      return p;
     };
-    q = take(n * args.head_dim);
-    o = take(n * (args.v_head_dim + kPad));
-    top = take(n);
-    total = take(n);
-    first = reinterpret_cast<int32_t*>(take(n));
-    end = reinterpret_cast<int32_t*>(take(n));
-    k = take(kBlockKeys * stride);
-    v = take(kBlockKeys * stride + kPad);
-    s = take(kBlockKeys * kUnitLanes);
+    take(q, n * args.head_dim);
+    take(o, n * (args.v_head_dim + kPad));
+    take(top, n);
+    take(total, n);
+    take(first, n);
+    take(end, n);
+    take(k, kBlockKeys * stride);
+    take(v, kBlockKeys * stride + kPad);
+    take(s, kBlockKeys * kUnitLanes);
     return used;
   }
 };
@@ -88,7 +91,7 @@ struct Sizes {
     shared = 256 / sizeof(float);
     o = round_up(num_states * args.v_head_dim, 16);
     lse = round_up(num_states, 16);
-    scratch = Scratch().layout(nullptr, args);
+    scratch = Scratch<float>().layout(nullptr, args);  // pairs need no more
   }
 };
 
@@ -121,14 +124,15 @@ struct Block {
 };
 
 // A unit of queries against a block of keys.
-template <int kVecs, int kStride>
-void step(const AttentionArgs& args, const Scratch& b, int64_t unit, int64_t key, int n, bool masked) {
+template <int kVecs, int kStride, class Q>
+void step(const AttentionArgs& args, const Scratch<Q>& b, int64_t unit, int64_t key, int n, bool masked) {
   const int64_t lane = unit * kUnitLanes;
   Vec decay[kVecs];
-  scores<kVecs, kStride>(b.q + lane * args.head_dim, b.k, args.head_dim, n, b.s);
-  soften<kVecs>(b.s, key, n, args.soft_cap, masked ? b.first + lane : nullptr, b.end + lane, b.top + lane,
-                b.total + lane, decay);
-  accumulate<kVecs, kStride>(b.s, b.v, args.v_head_dim, n, decay, b.o + lane * (args.v_head_dim + kPad));
+  Q* weights = reinterpret_cast<Q*>(b.s);
+  multiply<kVecs, kStride>(b.q + lane * args.head_dim, b.k, args.head_dim, n, b.s);
+  soften<kVecs>(b.s, weights, key, n, Scores(args.scale, args.soft_cap), masked ? b.first + lane : nullptr,
+                b.end + lane, b.top + lane, b.total + lane, decay);
+  accumulate<kVecs, kStride>(weights, b.v, args.v_head_dim, n, decay, b.o + lane * (args.v_head_dim + kPad));
 }
 
 // A task's queries, lane by lane.
@@ -148,32 +152,39 @@ struct Lanes {
   int width(int lane) const { return lane / kUnitLanes * kUnit + 1 == vecs ? kLanes : kUnitLanes; }
 };
 
-// to[c * width] = the elements of lane i's query, scaled.
 template <class Q>
-void load_query(const Lanes& lanes, int i, float* to, int width) {
-  const AttentionArgs& args = lanes.args;
-  const float scale = args.scale * (args.soft_cap != 0 ? 1.0f : kLog2e);
-  const Q* from = static_cast<const Q*>(args.q) + lanes.row(i) * args.q_row_stride + lanes.head(i) * args.q_head_stride;
+void spread(const Q* from, int n, int width, float* to) {
   if (width == 1) {  // known to be so, the loop becomes vectors
-    for (int c = 0; c < args.head_dim; c++) to[c] = to_float(from[c]) * scale;
+    for (int c = 0; c < n; c++) to[c] = to_float(from[c]);
   } else {
-    for (int c = 0; c < args.head_dim; c++) to[c * width] = to_float(from[c]) * scale;
+    for (int c = 0; c < n; c++) to[c * width] = to_float(from[c]);
   }
 }
-
-void load_query(const Lanes& lanes, int i, float* to, int width) {
-  lanes.args.q_dtype == kBFloat16 ? load_query<bf16>(lanes, i, to, width) : load_query<float>(lanes, i, to, width);
+inline void spread(const bf16* from, int n, int width, bf16* to) {
+  for (int c = 0; c < n; c += 2) std::memcpy(to + c * width, from + c, 2 * sizeof(bf16));
 }
 
-void load_queries(const Lanes& lanes, const Scratch& b) {
+// to[c * width] = the elements of lane i's query, or the pairs of them.
+template <class Q>
+void load_query(const Lanes& lanes, int i, Q* to, int width) {
+  const AttentionArgs& args = lanes.args;
+  const int64_t at = lanes.row(i) * args.q_row_stride + lanes.head(i) * args.q_head_stride;
+  if constexpr (kPerLane<Q> == 1) {
+    if (args.q_dtype == kFloat32) return spread(static_cast<const float*>(args.q) + at, args.head_dim, width, to);
+  }
+  spread(static_cast<const bf16*>(args.q) + at, args.head_dim, width, to);
+}
+
+template <class Q>
+void load_queries(const Lanes& lanes, const Scratch<Q>& b) {
   const AttentionArgs& args = lanes.args;
   for (int i = 0; i < lanes.vecs * kLanes; i++) {
     const int width = lanes.width(i);
-    float* to = b.q + i / kUnitLanes * kUnitLanes * args.head_dim + i % kUnitLanes;
+    Q* to = b.q + i / kUnitLanes * kUnitLanes * args.head_dim + i % kUnitLanes * kPerLane<Q>;
     b.top[i] = -INFINITY;
     b.total[i] = 0;
     if (i >= lanes.count) {  // sees what the last one sees, and is never looked at
-      for (int c = 0; c < args.head_dim; c++) to[c * width] = 0;
+      load_query(lanes, lanes.count - 1, to, width);
       b.first[i] = b.first[i - 1];
       b.end[i] = b.end[i - 1];
       continue;
@@ -216,19 +227,21 @@ void write(const Lanes& lanes, int i, float top, float total, const float* o, in
   write_row(static_cast<float*>(args.out) + at, o, width, dim, factor / total);
 }
 
-template <class KV, int kQueries>
-void run_single_row(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
-  using Row = SingleRow<KV, kQueries>;
+template <class KV, class Q, int kQueries>
+void run_single_row(const AttentionArgs& args, const AttentionTask& task, const Scratch<Q>& b, const States& states) {
+  using Row = SingleRow<KV, Q, kQueries>;
   AttentionTask of_head[kMaxTaskHeads];
   Row heads[kMaxTaskHeads];
-  float weights[kQueries][Row::kKeys];
+  const Scores scores(args.scale, args.soft_cap);
+  float products[kQueries][Row::kKeys];
+  Q weights[kQueries][Row::kKeys];
   for (int h = 0; h < task.num_heads; h++) {
     of_head[h] = task;
     of_head[h].kv_head += h;
-    float* q = b.q + h * kQueries * args.head_dim;
+    Q* q = b.q + h * kQueries * args.head_dim;
     for (int i = 0; i < kQueries; i++) load_query({args, of_head[h]}, i, q + i * args.head_dim, 1);
     float* o = b.o + h * kQueries * args.v_head_dim;
-    heads[h] = Row{args.head_dim, args.v_head_dim, q, o, weights, args.soft_cap, {}, {}};
+    heads[h] = Row{args.head_dim, args.v_head_dim, q, o, products, weights, scores, {}, {}};
     heads[h].start();
   }
   Block<KV, Row::kKeys> block;
@@ -237,9 +250,9 @@ void run_single_row(const AttentionArgs& args, const AttentionTask& task, const 
   if (args.window) key = std::max(key, position - args.window + 1);
   for (; key < end; key += block.n) {
     block.find(args, task, key, end);
-    for (int i = block.n; i % kLanes; i++) block.k[i] = block.k[block.n - 1];
+    for (int i = block.n; i % kLanes; i++) block.k[i] = block.k[block.n - 1], block.v[i] = block.v[block.n - 1];
     for (int h = 0; h < task.num_heads; h++) {
-      heads[h].step(block.k, h * args.head_dim, block.v, h * args.v_head_dim, block.n, capped);
+      heads[h].step(block.k, h * args.head_dim, block.v, h * args.v_head_dim, block.n);
     }
   }
   for (int h = 0; h < task.num_heads; h++) {
@@ -249,16 +262,17 @@ void run_single_row(const AttentionArgs& args, const AttentionTask& task, const 
   }
 }
 
-template <class KV, int kQueries = kMaxRowQueries>
-void run_single_row_of(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
+template <class KV, class Q, int kQueries = kMaxRowQueries>
+void run_single_row_of(const AttentionArgs& args, const AttentionTask& task, const Scratch<Q>& b,
+                       const States& states) {
   if constexpr (kQueries > 0) {
-    if (Lanes{args, task}.count == kQueries) return run_single_row<KV, kQueries>(args, task, b, states);
-    run_single_row_of<KV, kQueries - 1>(args, task, b, states);
+    if (Lanes{args, task}.count == kQueries) return run_single_row<KV, Q, kQueries>(args, task, b, states);
+    run_single_row_of<KV, Q, kQueries - 1>(args, task, b, states);
   }
 }
 
-template <class KV, int kStride>
-void run_rows(const Lanes& lanes, const Scratch& b, const States& states) {
+template <class KV, int kStride, class Q>
+void run_rows(const Lanes& lanes, const Scratch<Q>& b, const States& states) {
   const AttentionArgs& args = lanes.args;
   load_queries(lanes, b);
   const int padded = lanes.vecs * kLanes;
@@ -266,10 +280,8 @@ void run_rows(const Lanes& lanes, const Scratch& b, const States& states) {
   Block<KV, kBlockKeys> block;
   for (int64_t key = first; key < end; key += block.n) {
     block.find(args, lanes.task, key, end);
-    for (int i = 0; i < block.n; i++) {
-      copy(block.k[i], args.head_dim, b.k + i * kStride);
-      copy(block.v[i], args.v_head_dim, b.v + i * kStride);
-    }
+    copy_keys(block.k, block.n, args.head_dim, kStride, b.k);
+    copy_values(block.v, block.n, args.v_head_dim, kStride, b.v);
     for (int lane = 0, unit = 0; lane < padded; lane += kUnitLanes, unit++) {
       const int width = std::min(kUnitLanes, padded - lane);
       const auto [first_min, first_max] = std::minmax_element(b.first + lane, b.first + lane + width);
@@ -297,8 +309,8 @@ void prefetch(const AttentionArgs& args, const AttentionTask& task) {
   block.find(args, task, task.first_key, task.end_key, true);
 }
 
-template <class KV>
-void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch& b, const States& states) {
+template <class KV, class Q>
+void run_task(const AttentionArgs& args, const AttentionTask& task, const Scratch<Q>& b, const States& states) {
   if (task.num_heads) return run_single_row_of<KV>(args, task, b, states);
   const Lanes lanes{args, task};
   switch (row_stride(args)) {
@@ -342,12 +354,17 @@ int64_t task_rows(const AttentionArgs& args) {
   return std::max<int64_t>(1, lanes / (args.num_q_heads / args.num_kv_heads));
 }
 
+bool multiplies_pairs(const AttentionArgs& args) {
+  const bool whole_vectors = args.head_dim % (2 * kLanes) == 0 && args.v_head_dim % (2 * kLanes) == 0;
+  return kPairProducts && args.q_dtype == kBFloat16 && args.kv_dtype == kBFloat16 && whole_vectors;
+}
+
 int64_t task_heads(const AttentionArgs& args, int64_t num_rows, bool shared) {
   const int64_t queries = num_rows * (args.num_q_heads / args.num_kv_heads), dims = args.head_dim + args.v_head_dim;
   const bool alike = num_rows == 1 || (shared && !args.window);  // all see the same keys
   const bool whole_vectors = args.head_dim % kLanes == 0 && args.v_head_dim % kLanes == 0;
   if (!alike || queries > kMaxRowQueries || !whole_vectors) return 0;
-  const int64_t most = std::min<int64_t>({args.num_kv_heads, kMaxTaskHeads, Scratch::lanes(args) / queries});
+  const int64_t most = std::min<int64_t>({args.num_kv_heads, kMaxTaskHeads, num_lanes(args) / queries});
   return std::clamp<int64_t>(kTaskBlockBytes / (32 * 2 * dims), 1, most);
 }
 
@@ -356,27 +373,34 @@ int64_t attention_workspace(const AttentionArgs& args, int num_threads) {
   return sizeof(float) * (sizes.shared + sizes.o + sizes.lse + num_threads * sizes.scratch);
 }
 
+template <class KV, class Q>
+void run_tasks(const AttentionArgs& args, const Team& team, float* memory, Counter& counter, const States& states) {
+  const AttentionSchedule& schedule = *args.schedule;
+  Scratch<Q> scratch;
+  scratch.layout(memory, args);
+  const int64_t num_tasks = int64_t(schedule.tasks.size());
+  for (int64_t i = counter.next(); i < num_tasks; i = counter.next()) {
+    if (i + team.num_threads < num_tasks) prefetch<KV>(args, schedule.tasks[i + team.num_threads]);
+    run_task<KV>(args, schedule.tasks[i], scratch, states);
+  }
+}
+
 void attend(const AttentionArgs& args, const Team& team) {
   const AttentionSchedule& schedule = *args.schedule;
   const Sizes sizes(args);
   Shared& shared = *static_cast<Shared*>(args.workspace);
   float* memory = static_cast<float*>(args.workspace) + sizes.shared;
   const States states{memory, memory + sizes.o};
-  Scratch scratch;
-  scratch.layout(memory + sizes.o + sizes.lse + team.thread * sizes.scratch, args);
+  float* scratch = memory + sizes.o + sizes.lse + team.thread * sizes.scratch;
 
-  const bool narrow = args.kv_dtype == kBFloat16;
-  const auto run = narrow ? run_task<bf16> : run_task<float>;
-  const auto ask = narrow ? prefetch<bf16> : prefetch<float>;
-  const int64_t num_tasks = int64_t(schedule.tasks.size());
-  for (int64_t i = shared.tasks.next(); i < num_tasks; i = shared.tasks.next()) {
-    if (i + team.num_threads < num_tasks) ask(args, schedule.tasks[i + team.num_threads]);
-    run(args, schedule.tasks[i], scratch, states);
-  }
+  const auto run = multiplies_pairs(args)        ? run_tasks<bf16, bf16>
+                   : args.kv_dtype == kBFloat16 ? run_tasks<bf16, float>
+                                                : run_tasks<float, float>;
+  run(args, team, scratch, shared.tasks, states);
   if (schedule.num_slots) {
     team.barrier->wait();
     for (int64_t row = shared.rows.next(); row < args.num_tokens; row = shared.rows.next()) {
-      merge_row(args, row, states, scratch.o);
+      merge_row(args, row, states, scratch);
     }
   }
   // The last to leave makes the counters ready: nobody looks at them any more, and the next use is after a meeting.

@@ -37,7 +37,7 @@ struct AttentionArgs {
   int64_t q_row_stride, q_head_stride;      // in elements; the last axis is dense
   int64_t out_row_stride, out_head_stride;
   const float* sinks;   // [num_q_heads] or null
-  float scale;
+  float scale;          // positive
   float soft_cap;       // 0: none
   int64_t window;       // 0: none
   int32_t q_dtype;      // of q and out
@@ -59,6 +59,9 @@ struct AttentionArgs {
   // `attention_workspace` bytes, aligned to 64; the first 256 must be 0 before the first use, and are after each.
   void* workspace;
 };
+
+// Whether products are of pairs of bfloat16: depends on dtypes, dims and processor.
+bool multiplies_pairs(const AttentionArgs& args);
 
 // The most rows that one task takes.
 int64_t task_rows(const AttentionArgs& args);

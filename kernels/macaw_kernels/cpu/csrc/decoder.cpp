@@ -1,7 +1,9 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <type_traits>
 
 #define MACAW_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -12,14 +14,18 @@ namespace {
 
 constexpr int kCountersPerLayer = 4;  // matrix products that are shared out tile by tile
 
+// A: what matrices are multiplied with, float or bf16.
+template <class A>
 struct Buffers {
-  float *x, *normed, *qkv, *q, *attended, *inner, *branch;
+  float *x, *qkv, *branch;
+  A *normed, *q, *attended, *inner;
   Counter* counters;
   void* attention;
   int64_t bytes;
 };
 
-Buffers lay_out(const Decoder& d, const Step& s, void* base) {
+template <class A>
+Buffers<A> lay_out(const Decoder& d, const Step& s, void* base) {
   const int64_t t = s.num_tokens, q = int64_t(d.num_q_heads) * d.head_dim;
   const int64_t qkv = q + 2 * int64_t(d.num_kv_heads) * d.head_dim;
   int64_t used = 0;
@@ -29,13 +35,14 @@ Buffers lay_out(const Decoder& d, const Step& s, void* base) {
     return at;
   };
   const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(4 * n)); };
-  Buffers b;
+  const auto inputs = [&](int64_t n) { return reinterpret_cast<A*>(take(int64_t(sizeof(A)) * n)); };
+  Buffers<A> b;
   b.x = floats(t * d.hidden);
-  b.normed = floats(std::max(t, s.num_rows) * d.hidden);
+  b.normed = inputs(std::max(t, s.num_rows) * d.hidden);
   b.qkv = floats(t * qkv);
-  b.q = floats(t * q);
-  b.attended = floats(t * q);
-  b.inner = floats(t * d.intermediate);
+  b.q = inputs(t * q);
+  b.attended = inputs(t * q);
+  b.inner = inputs(t * d.intermediate);
   b.branch = floats(t * d.hidden);
   b.counters = reinterpret_cast<Counter*>(take(int64_t(sizeof(Counter)) * (kCountersPerLayer * d.num_layers + 1)));
   b.attention = take(s.attention_workspace);
@@ -57,13 +64,17 @@ float sum_over(const float* x, int64_t n, const F& f) {
   return total;
 }
 
-void normalize(const float* x, const Norm& norm, int64_t n, bool layer_norm, float eps, float* out) {
+template <class E>
+void normalize(const float* x, const Norm& norm, int64_t n, bool layer_norm, float eps, E* out) {
   const float mean = layer_norm ? sum_over(x, n, [](auto v) { return v; }) / float(n) : 0;
   const float squares = sum_over(x, n, [&](auto v) { return (v - mean) * (v - mean); });
   const float factor = 1 / std::sqrt(squares / float(n) + eps);
-  for (int64_t i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
-  if (norm.bias)
-    for (int64_t i = 0; i < n; i++) out[i] += norm.bias[i];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec y = (load(x + i) - mean) * factor * load(norm.weight + i);
+    store(out + i, norm.bias ? y + load(norm.bias + i) : y);
+  }
+  for (; i < n; i++) store_one(out + i, (x[i] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0));
 }
 
 template <class E>
@@ -81,8 +92,8 @@ void rotate(float* x, const float* cos, const float* sin, int half) {
 }
 
 template <class E>
-void copy_to(E* out, const float* x, int n) {
-  int i = 0;
+void copy_to(E* out, const float* x, int64_t n) {
+  int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
   for (; i < n; i++) store_one(out + i, x[i]);
 }
@@ -104,9 +115,10 @@ Vec activate(Vec x, int32_t kind) {
 
 // -- the phases of a layer; between any two of them the team meets -----------------------------------------------
 
+template <class A>
 class Forward {
  public:
-  Forward(const Decoder& d, const Step& s, const Buffers& b, const Team& team)
+  Forward(const Decoder& d, const Step& s, const Buffers<A>& b, const Team& team)
       : d_(d), s_(s), b_(b), team_(team), num_tokens_(s.num_tokens) {}
 
   void run() {
@@ -115,45 +127,53 @@ class Forward {
       embed_token(row);
       if (d_.num_layers) norm_row(row, d_.layers[0].input_norm);
     });
-    meet();
+    meet(kRows);
     for (int64_t i = 0; i < d_.num_layers; i++) {
       const Layer& layer = d_.layers[i];
       Counter* counters = b_.counters + i * kCountersPerLayer;
       project_qkv(layer, counters[0]);
-      meet();
+      meet(kQkv);
       rotate_and_store(layer);
-      meet();
+      meet(kRotate);
       attend_layer(layer);
-      meet();
+      meet(kAttend);
       add_product(layer.o, b_.attended, q_width(), layer.post_attention_norm.weight != nullptr, counters[1]);
-      meet();
+      meet(kOutput);
       each_row([&](int64_t row) {
         add_branch(row, layer.post_attention_norm);
         norm_row(row, layer.mlp_norm);
       });
-      meet();
+      meet(kRows);
       inner(layer, counters[2]);
-      meet();
+      meet(kInner);
       add_product(layer.down, b_.inner, d_.intermediate, layer.post_mlp_norm.weight != nullptr, counters[3]);
-      meet();
+      meet(kDown);
       const bool last = i + 1 == d_.num_layers;
       each_row([&](int64_t row) {
         add_branch(row, layer.post_mlp_norm);
         if (!last) norm_row(row, d_.layers[i + 1].input_norm);
       });
-      meet();
+      meet(kRows);
     }
     for (int64_t i = team_.thread; i < s_.num_rows; i += team_.num_threads)
       normalize(b_.x + s_.rows[i] * d_.hidden, d_.final_norm, d_.hidden, d_.layer_norm, d_.eps, b_.normed + i * d_.hidden);
-    meet();
+    meet(kRows);
     logits(b_.counters[kCountersPerLayer * d_.num_layers]);
+    if (s_.phase_s) meet(kLogits);
   }
 
  private:
   int64_t q_width() const { return int64_t(d_.num_q_heads) * d_.head_dim; }
   int64_t kv_width() const { return int64_t(d_.num_kv_heads) * d_.head_dim; }
   int64_t qkv_width() const { return q_width() + 2 * kv_width(); }
-  void meet() const { team_.barrier->wait(); }
+  // The end of a phase.
+  void meet(Phase phase) {
+    team_.barrier->wait();
+    if (!s_.phase_s || team_.thread != 0) return;
+    const auto now = std::chrono::steady_clock::now();
+    s_.phase_s[phase] += std::chrono::duration<double>(now - begin_).count();
+    begin_ = now;
+  }
 
   void clear_counters() const {
     if (team_.thread != 0) return;
@@ -178,20 +198,21 @@ class Forward {
 
   void norm_row(int64_t row, const Norm& norm) const {
     const float* x = b_.x + row * d_.hidden;
-    float* out = b_.normed + row * d_.hidden;
+    A* out = b_.normed + row * d_.hidden;
     if (norm.weight) {
       normalize(x, norm, d_.hidden, d_.layer_norm, d_.eps, out);
     } else {
-      std::copy(x, x + d_.hidden, out);
+      copy_to(out, x, d_.hidden);
     }
   }
 
   void project_qkv(const Layer& layer, Counter& counter) const {
-    for_each_tile(layer.qkv, num_tokens_, counter, team_, [&](int64_t row, int rows, int64_t panel) {
+    for_each_tile(layer.qkv, num_tokens_, counter, team_, [&](const Place& at) {
       Tile tile;
-      tile_of(layer.qkv, panel, b_.normed + row * d_.hidden, d_.hidden, rows, tile);
-      for (int r = 0; r < rows; r++)
-        store_panel(b_.qkv + (row + r) * qkv_width() + panel * kPanel, tile.sums[r], qkv_width() - panel * kPanel);
+      tile_of(layer.qkv, at, b_.normed, d_.hidden, tile);
+      const int64_t column = at.panel * kPanel;
+      for (int r = 0; r < at.rows; r++)
+        store_panel(b_.qkv + (at.row + r) * qkv_width() + column, tile.sums[r], qkv_width() - column);
     });
   }
 
@@ -224,8 +245,7 @@ class Forward {
       }
     }
     if (kv_head < 0) {
-      std::copy(x, x + dim, b_.q + row * q_width() + int64_t(head) * dim);
-      return;
+      return copy_to(b_.q + row * q_width() + int64_t(head) * dim, x, dim);
     }
     const bool value = kv_head >= d_.num_kv_heads;
     const int64_t at = (s_.slots[row] * d_.num_kv_heads + (value ? kv_head - d_.num_kv_heads : kv_head)) * dim;
@@ -248,22 +268,22 @@ class Forward {
     args.sinks = layer.sinks;
     args.scale = layer.scale;
     args.soft_cap = layer.soft_cap;
-    args.q_dtype = kFloat32;
+    args.q_dtype = std::is_same_v<A, bf16> ? kBFloat16 : kFloat32;
     args.kv_dtype = d_.kv_dtype;
     args.workspace = b_.attention;
     attend(args, team_);
   }
 
   // Into the residual; or into `branch` when a norm comes between.
-  void add_product(const PackedMatrix& matrix, const float* a, int64_t lda, bool to_branch, Counter& counter) const {
-    for_each_tile(matrix, num_tokens_, counter, team_, [&](int64_t row, int rows, int64_t panel) {
+  void add_product(const PackedMatrix& matrix, const A* a, int64_t lda, bool to_branch, Counter& counter) const {
+    for_each_tile(matrix, num_tokens_, counter, team_, [&](const Place& at) {
       Tile tile;
-      tile_of(matrix, panel, a + row * lda, lda, rows, tile);
-      const int64_t count = d_.hidden - panel * kPanel;
-      for (int r = 0; r < rows; r++) {
-        const int64_t at = (row + r) * d_.hidden + panel * kPanel;
+      tile_of(matrix, at, a, lda, tile);
+      const int64_t column = at.panel * kPanel, count = d_.hidden - column;
+      for (int r = 0; r < at.rows; r++) {
+        const int64_t place = (at.row + r) * d_.hidden + column;
         if (!to_branch) {
-          float* x = b_.x + at;
+          float* x = b_.x + place;
           for (int64_t i = 0; i < std::min<int64_t>(count, kPanel); i += kLanes) {
             Vec& sum = tile.sums[r][i / kLanes];
             if (count - i >= kLanes) {
@@ -273,7 +293,7 @@ class Forward {
             }
           }
         }
-        store_panel((to_branch ? b_.branch : b_.x) + at, tile.sums[r], count);
+        store_panel((to_branch ? b_.branch : b_.x) + place, tile.sums[r], count);
       }
     });
   }
@@ -287,42 +307,44 @@ class Forward {
 
   void inner(const Layer& layer, Counter& counter) const {
     const bool gated = layer.gate.n != 0;
-    for_each_tile(layer.up, num_tokens_, counter, team_, [&](int64_t row, int rows, int64_t panel) {
-      const float* a = b_.normed + row * d_.hidden;
+    for_each_tile(layer.up, num_tokens_, counter, team_, [&](const Place& at) {
       Tile up, gate;
-      tile_of(layer.up, panel, a, d_.hidden, rows, up);
-      if (gated) tile_of(layer.gate, panel, a, d_.hidden, rows, gate);
-      for (int r = 0; r < rows; r++) {
+      tile_of(layer.up, at, b_.normed, d_.hidden, up);
+      if (gated) tile_of(layer.gate, at, b_.normed, d_.hidden, gate);
+      const int64_t column = at.panel * kPanel;
+      for (int r = 0; r < at.rows; r++) {
         for (int i = 0; i < 2; i++) {
           Vec& x = up.sums[r][i];
           x = gated ? x * activate(gate.sums[r][i], d_.activation) : activate(x, d_.activation);
         }
-        store_panel(b_.inner + (row + r) * d_.intermediate + panel * kPanel, up.sums[r], d_.intermediate - panel * kPanel);
+        store_panel(b_.inner + (at.row + r) * d_.intermediate + column, up.sums[r], d_.intermediate - column);
       }
     });
   }
 
   void logits(Counter& counter) const {
-    for_each_tile(d_.lm_head, s_.num_rows, counter, team_, [&](int64_t row, int rows, int64_t panel) {
+    for_each_tile(d_.lm_head, s_.num_rows, counter, team_, [&](const Place& at) {
       Tile tile;
-      tile_of(d_.lm_head, panel, b_.normed + row * d_.hidden, d_.hidden, rows, tile);
-      for (int r = 0; r < rows; r++) {
+      tile_of(d_.lm_head, at, b_.normed, d_.hidden, tile);
+      const int64_t column = at.panel * kPanel;
+      for (int r = 0; r < at.rows; r++) {
         for (Vec& sum : tile.sums[r]) {
           sum *= d_.logit_scale;
           if (d_.logit_soft_cap != 0) {
             for (int i = 0; i < kLanes; i++) sum[i] = d_.logit_soft_cap * std::tanh(sum[i] / d_.logit_soft_cap);
           }
         }
-        store_panel(s_.logits + (row + r) * d_.vocab + panel * kPanel, tile.sums[r], d_.vocab - panel * kPanel);
+        store_panel(s_.logits + (at.row + r) * d_.vocab + column, tile.sums[r], d_.vocab - column);
       }
     });
   }
 
   const Decoder& d_;
   const Step& s_;
-  const Buffers& b_;
+  const Buffers<A>& b_;
   const Team& team_;
   const int64_t num_tokens_;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace
@@ -330,11 +352,23 @@ class Forward {
 
 using namespace macaw;
 
+namespace {
+
+bool takes_bf16(const Decoder& d) { return kPairProducts && d.lm_head.type == kWeightBFloat16; }
+
+template <class A>
+void forward(const Decoder& d, const Step& s, int num_threads) {
+  const Buffers<A> buffers = lay_out<A>(d, s, s.workspace);
+  run_team(num_threads, [&](const Team& team) { Forward<A>(d, s, buffers, team).run(); });
+}
+
+}  // namespace
+
 MACAW_EXPORT int64_t macaw_decoder_workspace(const Decoder* decoder, const Step* step) {
-  return lay_out(*decoder, *step, nullptr).bytes;
+  return takes_bf16(*decoder) ? lay_out<bf16>(*decoder, *step, nullptr).bytes
+                              : lay_out<float>(*decoder, *step, nullptr).bytes;
 }
 
 MACAW_EXPORT void macaw_decoder_forward(const Decoder* decoder, const Step* step, int32_t num_threads) {
-  const Buffers buffers = lay_out(*decoder, *step, step->workspace);
-  run_team(num_threads, [&](const Team& team) { Forward(*decoder, *step, buffers, team).run(); });
+  (takes_bf16(*decoder) ? forward<bf16> : forward<float>)(*decoder, *step, num_threads);
 }

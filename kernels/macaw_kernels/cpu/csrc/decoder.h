@@ -2,7 +2,8 @@
 //
 // Covers the Llama shape and its relatives: RMS or layer norms before (and, for Gemma, after) attention and MLP, grouped
 // heads, biases, norms of queries and keys, rotary embeddings by halves (whole or partial), gated or plain MLPs.
-// Activations are float32 throughout, whatever the weights are.
+// Activations are float32; what goes into matrices and attention is rounded to bfloat16 where weights are that and
+// the processor multiplies pairs of them.
 #pragma once
 
 #include "attention.h"
@@ -49,6 +50,9 @@ struct Decoder {
   const Layer* layers;
 };
 
+// Parts of a step, for those who want to know where its time goes.
+enum Phase : int32_t { kRows, kQkv, kRotate, kAttend, kOutput, kInner, kDown, kLogits, kNumPhases };
+
 struct Step {
   AttentionArgs attention[2];  // for each kind of layer: the plan's part, the heads and the window
   int64_t num_tokens;
@@ -59,6 +63,7 @@ struct Step {
   float* logits;               // [num_rows, vocab]
   void* workspace;             // `macaw_decoder_workspace` bytes, aligned to 64
   int64_t attention_workspace; // of them for attention
+  double* phase_s;             // [kNumPhases] seconds are added to; or null
 };
 
 }  // namespace macaw

@@ -10,18 +10,37 @@ namespace macaw {
 
 namespace {
 
-template <class W, int... kRows>
-void dispatch(const W* w, int64_t k, const float* a, int64_t lda, int rows, Tile& tile,
+template <class W, class A, int... kRows>
+void dispatch(int rows, const W* w, int64_t k, const A* a, int64_t lda, Ahead ahead, Tile& tile,
               std::integer_sequence<int, kRows...>) {
-  using Function = void (*)(const W*, int64_t, const float*, int64_t, Tile&);
-  static constexpr Function table[] = {multiply_tile<W, kRows + 1>...};
-  table[rows - 1](w, k, a, lda, tile);
+  using Function = void (*)(const W*, int64_t, const A*, int64_t, Ahead, Tile&);
+  static constexpr Function table[] = {multiply_tile<W, A, kRows + 1>...};
+  table[rows - 1](w, k, a, lda, ahead, tile);
 }
 
-template <class W>
-void typed_tile(const PackedMatrix& m, int64_t panel, const float* a, int64_t lda, int rows, Tile& tile) {
-  const W* w = static_cast<const W*>(m.panels) + panel * m.k * kPanel;
-  dispatch(w, m.k, a, lda, rows, tile, std::make_integer_sequence<int, kTileRows>());
+template <class W, class A>
+void typed_tile(const PackedMatrix& m, const Place& place, const A* a, int64_t lda, Tile& tile) {
+  const int64_t size = m.k * kPanel;  // of a panel
+  const W *w = static_cast<const W*>(m.panels) + place.panel * size, *next = w + size;
+  const Ahead ahead{reinterpret_cast<const char*>(next + size * place.part / place.parts), place.parts};
+  dispatch(place.rows, w, m.k, a + place.row * lda, lda, ahead, tile, std::make_integer_sequence<int, kTileRows>());
+}
+
+void scale_and_shift(const PackedMatrix& m, const Place& place, Tile& tile) {
+  if (m.scales) {
+    const Vec s0 = load(m.scales + place.panel * kPanel), s1 = load(m.scales + place.panel * kPanel + kLanes);
+    for (int r = 0; r < place.rows; r++) {
+      tile.sums[r][0] *= s0;
+      tile.sums[r][1] *= s1;
+    }
+  }
+  if (m.bias) {
+    const Vec b0 = load(m.bias + place.panel * kPanel), b1 = load(m.bias + place.panel * kPanel + kLanes);
+    for (int r = 0; r < place.rows; r++) {
+      tile.sums[r][0] += b0;
+      tile.sums[r][1] += b1;
+    }
+  }
 }
 
 // Ask for large pages under memory that is not touched yet: weights are read end to end at each step, and with small
@@ -37,26 +56,18 @@ void want_large_pages(void* memory, int64_t bytes) {
 
 }  // namespace
 
-void tile_of(const PackedMatrix& m, int64_t panel, const float* a, int64_t lda, int rows, Tile& tile) {
+void tile_of(const PackedMatrix& m, const Place& place, const float* a, int64_t lda, Tile& tile) {
   switch (m.type) {
-    case kWeightBFloat16: typed_tile<bf16>(m, panel, a, lda, rows, tile); break;
-    case kWeightInt8: typed_tile<int8_t>(m, panel, a, lda, rows, tile); break;
-    default: typed_tile<float>(m, panel, a, lda, rows, tile);
+    case kWeightBFloat16: typed_tile<bf16>(m, place, a, lda, tile); break;
+    case kWeightInt8: typed_tile<int8_t>(m, place, a, lda, tile); break;
+    default: typed_tile<float>(m, place, a, lda, tile);
   }
-  if (m.scales) {
-    const Vec s0 = load(m.scales + panel * kPanel), s1 = load(m.scales + panel * kPanel + kLanes);
-    for (int r = 0; r < rows; r++) {
-      tile.sums[r][0] *= s0;
-      tile.sums[r][1] *= s1;
-    }
-  }
-  if (m.bias) {
-    const Vec b0 = load(m.bias + panel * kPanel), b1 = load(m.bias + panel * kPanel + kLanes);
-    for (int r = 0; r < rows; r++) {
-      tile.sums[r][0] += b0;
-      tile.sums[r][1] += b1;
-    }
-  }
+  scale_and_shift(m, place, tile);
+}
+
+void tile_of(const PackedMatrix& m, const Place& place, const bf16* a, int64_t lda, Tile& tile) {
+  typed_tile<bf16>(m, place, a, lda, tile);
+  scale_and_shift(m, place, tile);
 }
 
 }  // namespace macaw
@@ -102,15 +113,29 @@ MACAW_EXPORT void macaw_pack(int32_t source_bf16, const void* w, int32_t type, i
 }
 
 // y [num_rows, n] = a [num_rows, k] by the matrix; rows of `a` are `lda` apart, those of `y` `ldy`.
-MACAW_EXPORT void macaw_linear(const PackedMatrix* matrix, const float* a, int64_t lda, int64_t num_rows, float* y,
-                               int64_t ldy, int32_t num_threads) {
+template <class A>
+void linear(const PackedMatrix& matrix, const A* a, int64_t lda, int64_t num_rows, float* y, int64_t ldy,
+            int32_t num_threads) {
   Counter counter;
   run_team(num_threads, [&](const Team& team) {
-    for_each_tile(*matrix, num_rows, counter, team, [&](int64_t row, int rows, int64_t panel) {
+    for_each_tile(matrix, num_rows, counter, team, [&](const Place& at) {
       Tile tile;
-      tile_of(*matrix, panel, a + row * lda, lda, rows, tile);
-      for (int r = 0; r < rows; r++)
-        store_panel(y + (row + r) * ldy + panel * kPanel, tile.sums[r], matrix->n - panel * kPanel);
+      tile_of(matrix, at, a, lda, tile);
+      for (int r = 0; r < at.rows; r++)
+        store_panel(y + (at.row + r) * ldy + at.panel * kPanel, tile.sums[r], matrix.n - at.panel * kPanel);
     });
   });
+}
+
+// Whether inputs of bfloat16 weights are better bfloat16.
+MACAW_EXPORT int32_t macaw_pair_products() { return kPairProducts; }
+
+// `a_bf16`: whether `a` is bfloat16, which only bfloat16 weights take, and not float32.
+MACAW_EXPORT void macaw_linear(const PackedMatrix* matrix, int32_t a_bf16, const void* a, int64_t lda, int64_t num_rows,
+                               float* y, int64_t ldy, int32_t num_threads) {
+  if (a_bf16) {
+    linear(*matrix, static_cast<const bf16*>(a), lda, num_rows, y, ldy, num_threads);
+  } else {
+    linear(*matrix, static_cast<const float*>(a), lda, num_rows, y, ldy, num_threads);
+  }
 }

@@ -1,7 +1,8 @@
 // Linear layers over weights packed for streaming: y[m][n] = sum_k a[m][k] * w[n][k], summed in float32.
 //
 // A panel holds kPanel outputs, so that one pass over it gives kPanel columns of y. With bfloat16 weights the values of
-// two neighbouring k lie side by side in 32 bits: the even one becomes a float by a shift, the odd one by a mask.
+// two neighbouring k lie side by side in 32 bits: the even one becomes a float by a shift, the odd one by a mask; or,
+// where inputs are bfloat16 too, both are multiplied and summed at once.
 #pragma once
 
 #include <algorithm>
@@ -30,14 +31,41 @@ struct PackedMatrix {
   int64_t num_panels() const { return (n + kPanel - 1) / kPanel; }
 };
 
-// The sums of one tile: `rows` rows by one panel.
+// A tile of a product: `rows` rows by one panel, the `part`th of `parts` that the panel is read for.
+struct Place {
+  int64_t row, panel;
+  int rows, part, parts;
+};
+
+// Asks for the next panel while this one is multiplied, each tile for its share: memory works as arithmetic does.
+struct Ahead {
+  const char* at;
+  int parts;
+
+  template <int kBytes>  // that a step of this panel reads
+  void step() {
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += kBytes / parts;
+  }
+};
+
+// The sums of one tile.
 struct Tile {
   Vec sums[kTileRows][2];
 };
 
+template <int kRows>
+inline void add_tile(const Vec (*from)[2], Vec (*sums)[2]) {
+  for (int r = 0; r < kRows; r++) {
+    sums[r][0] += from[r][0];
+    sums[r][1] += from[r][1];
+  }
+}
+
 template <int kRows, class W>  // float32, int8
-inline void multiply(const W* w, int64_t k, const float* a, int64_t lda, Vec (*sums)[2]) {
+inline void multiply(const W* w, int64_t k, const float* a, int64_t lda, Ahead ahead, Vec (*sums)[2]) {
   for (int64_t i = 0; i < k; i++, w += kPanel) {
+    ahead.step<kPanel * sizeof(W)>();
     const Vec w0 = load(w), w1 = load(w + kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; r++) {
@@ -48,12 +76,16 @@ inline void multiply(const W* w, int64_t k, const float* a, int64_t lda, Vec (*s
   }
 }
 
+// Few rows have few sums: every other step gets sums of its own, or each addition would wait for the one before.
+constexpr bool has_two_sums(int rows) { return rows <= 3; }
+
 template <int kRows>
-inline void multiply(const bf16* w, int64_t k, const float* a, int64_t lda, Vec (*sums)[2]) {
-  // Few rows have few sums: the odd k get sums of their own, or each addition would wait for the one before.
-  constexpr bool kSplit = kRows <= 3;
-  Vec odd[kSplit ? kRows : 1][2] = {};
+inline void multiply(const bf16* w, int64_t k, const float* a, int64_t lda, Ahead ahead, Vec (*sums)[2]) {
+  constexpr bool kSplit = has_two_sums(kRows);
+  Vec more[kSplit ? kRows : 1][2] = {};
+  Vec(*odd)[2] = kSplit ? more : sums;
   for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
+    ahead.step<4 * kPanel>();
     const VecU p0 = load_as<VecU>(w), p1 = load_as<VecU>(w + 2 * kLanes);
     const Vec e0 = of_bits(p0 << 16), e1 = of_bits(p1 << 16);
 #pragma GCC unroll 12
@@ -66,37 +98,53 @@ inline void multiply(const bf16* w, int64_t k, const float* a, int64_t lda, Vec 
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; r++) {
       const Vec x = splat(a[r * lda + i + 1]);
-      if constexpr (kSplit) {
-        odd[r][0] += x * o0;
-        odd[r][1] += x * o1;
-      } else {
-        sums[r][0] += x * o0;
-        sums[r][1] += x * o1;
-      }
+      odd[r][0] += x * o0;
+      odd[r][1] += x * o1;
     }
   }
-  if constexpr (kSplit) {
-    for (int r = 0; r < kRows; r++) {
-      sums[r][0] += odd[r][0];
-      sums[r][1] += odd[r][1];
-    }
-  }
+  if constexpr (kSplit) add_tile<kRows>(more, sums);
 }
 
-template <class W, int kRows>
-void multiply_tile(const W* w, int64_t k, const float* a, int64_t lda, Tile& tile) {
+template <int kRows>
+inline void multiply(const bf16* w, int64_t k, const bf16* a, int64_t lda, Ahead ahead, Vec (*sums)[2]) {
+  constexpr bool kSplit = has_two_sums(kRows);
+  Vec more[kSplit ? kRows : 1][2] = {};
+  const auto step = [&](int64_t i, Vec(*to)[2]) {
+    ahead.step<4 * kPanel>();
+    const VecU w0 = load_as<VecU>(w + i * kPanel), w1 = load_as<VecU>(w + i * kPanel + 2 * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r++) {
+      const VecU x = splat_operand(a + r * lda + i);
+      to[r][0] = add_products(to[r][0], x, w0);
+      to[r][1] = add_products(to[r][1], x, w1);
+    }
+  };
+  int64_t i = 0;
+  if constexpr (kSplit) {
+    for (; i + 4 <= k; i += 4) {
+      step(i, sums);
+      step(i + 2, more);
+    }
+    add_tile<kRows>(more, sums);
+  }
+  for (; i < k; i += 2) step(i, sums);
+}
+
+template <class W, class A, int kRows>
+void multiply_tile(const W* w, int64_t k, const A* a, int64_t lda, Ahead ahead, Tile& tile) {
   Vec sums[kRows][2] = {};
-  multiply<kRows>(w, k, a, lda, sums);
+  multiply<kRows>(w, k, a, lda, ahead, sums);
   for (int r = 0; r < kRows; r++) {
     tile.sums[r][0] = sums[r][0];
     tile.sums[r][1] = sums[r][1];
   }
 }
 
-// Sums of `rows` (1 .. kTileRows) rows by panel `panel`, scaled, with the bias.
-void tile_of(const PackedMatrix& matrix, int64_t panel, const float* a, int64_t lda, int rows, Tile& tile);
+// The sums at a place, scaled, with the bias; rows of `a` are `lda` apart. Only bfloat16 weights take bfloat16.
+void tile_of(const PackedMatrix& matrix, const Place& place, const float* a, int64_t lda, Tile& tile);
+void tile_of(const PackedMatrix& matrix, const Place& place, const bf16* a, int64_t lda, Tile& tile);
 
-// Call `done(row, rows, panel)` for every tile of [num_rows] x [matrix.n]; shared out over the team by `counter`.
+// Call `done(place)` for every tile of [num_rows] x [matrix.n]; shared out over the team by `counter`.
 template <class Done>
 void for_each_tile(const PackedMatrix& matrix, int64_t num_rows, Counter& counter,
                    const Team& team, const Done& done) {
@@ -111,20 +159,23 @@ void for_each_tile(const PackedMatrix& matrix, int64_t num_rows, Counter& counte
     const int64_t tiles = (end_row - first_row + kTileRows - 1) / kTileRows;
     const int64_t tile_rows = (end_row - first_row + tiles - 1) / tiles;
     for (int64_t panel = first; panel < end; panel++) {
-      for (int64_t row = first_row; row < end_row; row += tile_rows) {
-        done(row, int(std::min(tile_rows, end_row - row)), panel);
+      Place place{first_row, panel, 0, 0, int(tiles)};
+      for (; place.row < end_row; place.row += tile_rows, place.part++) {
+        place.rows = int(std::min(tile_rows, end_row - place.row));
+        done(place);
       }
     }
   }
 }
 
 // The first `count` values of two vectors to out.
-inline void store_panel(float* out, const Vec* v, int64_t count) {
+template <class E>
+inline void store_panel(E* out, const Vec* v, int64_t count) {
   if (count >= kPanel) {
     store(out, v[0]);
     store(out + kLanes, v[1]);
   } else {
-    for (int64_t i = 0; i < count; i++) out[i] = v[i / kLanes][i % kLanes];
+    for (int64_t i = 0; i < count; i++) store_one(out + i, v[i / kLanes][i % kLanes]);
   }
 }
 

@@ -9,10 +9,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace macaw {
 
 #if defined(__AVX512F__)
@@ -24,6 +20,13 @@ constexpr int kRegisters = 16;
 #else
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
+#endif
+
+// Whether pairs of bfloat16 products are one instruction: inputs are then better bfloat16 than float32.
+#if defined(__AVX512BF16__)
+constexpr bool kPairProducts = true;
+#else
+constexpr bool kPairProducts = false;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -63,7 +66,7 @@ inline Vec load(const bf16* p) {
 // The compiler widens bytes one by one; the instructions do it in one go.
 inline Vec load(const int8_t* p) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return (Vec)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -74,9 +77,55 @@ inline Vec load(const int8_t* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 // Round to nearest even. NaN may become another NaN, or infinity where all of its set bits are low ones.
 inline void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   VecU u = bits_of(v);
   VecH h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, VecH);
+#endif
   std::memcpy(p, &h, sizeof(h));
+}
+
+// Operands of sums of products: float32 one by one, bfloat16 in pairs, two neighbours in the 32 bits of each lane.
+template <class E>
+constexpr int kPerLane = 4 / sizeof(E);
+template <class E, class T>
+inline auto operand(const T* p) {
+  if constexpr (kPerLane<E> == 2) {
+    static_assert(sizeof(T) == 2);
+    return load_as<VecU>(p);
+  } else {
+    return load(p);
+  }
+}
+inline Vec splat_operand(const float* p) { return splat(*p); }
+inline VecU splat_operand(const bf16* p) { return load_as<uint32_t>(p) - VecU{}; }
+inline Vec add_products(Vec sum, Vec a, Vec b) { return sum + a * b; }
+inline Vec add_products(Vec sum, VecU a, VecU b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + of_bits(a << 16) * of_bits(b << 16) + of_bits(a & 0xffff0000u) * of_bits(b & 0xffff0000u);
+#endif
+}
+
+// Pairs (a, b), rounded to nearest; finite numbers only.
+inline VecU pair(Vec a, Vec b) { return ((bits_of(a) + 0x8000) >> 16) | ((bits_of(b) + 0x8000) & 0xffff0000u); }
+// Pairs (a[i], b[i]) of the 2 * kLanes elements from a and b on, in two vectors.
+inline void pair_up(const bf16* a, const bf16* b, VecU* out) {
+#if defined(__AVX512BW__)
+  static constexpr auto kOrder = [] {
+    struct { alignas(64) uint16_t of[2][32]; } order{};
+    for (int i = 0; i < 32; i++) order.of[i / 16][i % 16 * 2] = uint16_t(i), order.of[i / 16][i % 16 * 2 + 1] = uint16_t(32 + i);
+    return order;
+  }();
+  const __m512i x = load_as<__m512i>(a), y = load_as<__m512i>(b);
+  for (int i = 0; i < 2; i++) out[i] = (VecU)_mm512_permutex2var_epi16(x, load_as<__m512i>(kOrder.of[i]), y);
+#else
+  for (int i = 0; i < 2; i++)
+    out[i] = __builtin_convertvector(load_as<VecH>(a + i * kLanes), VecU) |
+             (__builtin_convertvector(load_as<VecH>(b + i * kLanes), VecU) << 16);
+#endif
 }
 
 inline float to_float(float x) { return x; }
@@ -175,10 +224,14 @@ inline Vec exp(Vec x) {
 
 // 2^x for x <= 0: relative error below 3e-7, 0 below -126 (so also for -inf).
 inline Vec exp2_nonpositive(Vec x) {
-  Vec y = max(x, splat(-126.0f));
+#if defined(__AVX512F__)
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+  const Vec f = x - n;
+#else
   const Vec magic = splat(12582912.0f);
-  Vec shifted = y + magic;
-  Vec f = y - (shifted - magic);
+  const Vec shifted = max(x, splat(-126.0f)) + magic;
+  const Vec f = max(x, splat(-126.0f)) - (shifted - magic);
+#endif
   Vec p = splat(1.5403530393381606e-4f);
   p = p * f + 1.3333558146428443e-3f;
   p = p * f + 9.618129107628477e-3f;
@@ -186,8 +239,13 @@ inline Vec exp2_nonpositive(Vec x) {
   p = p * f + 2.402265069591007e-1f;
   p = p * f + 6.931471805599453e-1f;
   p = p * f + 1.0f;
-  Vec r = of_bits(bits_of(p) + (bits_of(shifted) << 23));
+#if defined(__AVX512F__)
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+  return (Vec)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+#else
+  const Vec r = of_bits(bits_of(p) + (bits_of(shifted) << 23));
   return x < splat(-126.0f) ? Vec{} : r;
+#endif
 }
 
 }  // namespace macaw

@@ -2,28 +2,31 @@
 // read from their pages as they are.
 //
 // With so few queries the elements of a key are the lanes, and its products with each query are summed up in the end,
-// eight or sixteen keys at a time. Each element of K and V is loaded and converted once for all queries.
+// eight or sixteen keys at a time. Each element of K and V is loaded and converted once for all queries. In pairs
+// (simd.h), two neighbouring elements of a key share a lane, and then the values of two neighbouring keys.
 #pragma once
 
 #include <algorithm>
 
-#include "simd.h"
+#include "scores.h"
 
 namespace macaw {
 
 constexpr int kMaxRowQueries = 8;
 
-// Online softmax over blocks of keys for `kQueries` queries; dims that are multiples of kLanes.
-template <class KV, int kQueries>
+// Online softmax over blocks of keys for `kQueries` queries; dims that are multiples of kWidth.
+template <class KV, class Q, int kQueries>
 struct SingleRow {
   static constexpr int kKeys = 32;  // of a block
-  static constexpr int kCols = kQueries == 1 ? 8 : kQueries <= 3 ? 4 : kQueries * 2 <= kRegisters - 4 ? 2 : 1;
+  static constexpr int kWidth = kPerLane<Q> * kLanes;
+  static constexpr int kCols = kQueries == 1 ? 8 : kQueries <= 3 ? 4 : kQueries * 2 <= kRegisters - 4 ? 2 : kPerLane<Q>;
 
   int head_dim, v_head_dim;
-  const float* q;  // [kQueries][head_dim], scaled
-  float* o;        // [kQueries][v_head_dim]
-  float (*weights)[kKeys];  // [kQueries], of one block
-  float soft_cap;
+  const Q* q;  // [kQueries][head_dim]
+  float* o;    // [kQueries][v_head_dim]
+  float (*products)[kKeys];  // [kQueries], of one block
+  Q (*weights)[kKeys];       // likewise
+  Scores scores{1, 0};
   float top[kQueries];
   Vec total[kQueries];
 
@@ -33,51 +36,49 @@ struct SingleRow {
     std::fill_n(o, kQueries * v_head_dim, 0.0f);
   }
 
-  // Take the next `n` keys, whose rows start `k_offset` and `v_offset` elements behind `k` and `v`; `k` goes on to a
+  // Take the next `n` keys, whose rows start `k_offset` and `v_offset` elements behind `k` and `v`; these go on to a
   // multiple of kLanes with keys that may be read and do not count.
-  template <class Cap>
-  void step(const KV* const* k, int k_offset, const KV* const* v, int v_offset, int n, const Cap& capped) {
-    for (int j = 0; j < n; j += kLanes) scores(k + j, k_offset, j);
+  void step(const KV* const* k, int k_offset, const KV* const* v, int v_offset, int n) {
+    for (int j = 0; j < n; j += kLanes) multiply(k + j, k_offset, j);
     float decay[kQueries];
-    for (int m = 0; m < kQueries; m++) decay[m] = soften(m, n, capped);
+    for (int m = 0; m < kQueries; m++) decay[m] = soften(m, n);
     int c = 0;
     for (; c + kCols * kLanes <= v_head_dim; c += kCols * kLanes) accumulate<kCols>(v, v_offset, n, c, decay);
-    for (; c < v_head_dim; c += kLanes) accumulate<1>(v, v_offset, n, c, decay);
+    for (; c < v_head_dim; c += kWidth) accumulate<kPerLane<Q>>(v, v_offset, n, c, decay);
   }
 
  private:
-  void scores(const KV* const* k, int offset, int at) {
-    Vec products[kQueries][kLanes];
+  void multiply(const KV* const* k, int offset, int at) {
+    Vec sums_of[kQueries][kLanes];
     for (int j = 0; j < kLanes; j++) {
       Vec dot[kQueries] = {};
-      for (int c = 0; c < head_dim; c += kLanes) {
-        const Vec b_k = load(k[j] + offset + c);
+      for (int c = 0; c < head_dim; c += kWidth) {
+        const auto b_k = operand<Q>(k[j] + offset + c);
 #pragma GCC unroll 8
-        for (int m = 0; m < kQueries; m++) dot[m] += b_k * load(q + m * head_dim + c);
+        for (int m = 0; m < kQueries; m++) dot[m] = add_products(dot[m], b_k, operand<Q>(q + m * head_dim + c));
       }
-      for (int m = 0; m < kQueries; m++) products[m][j] = dot[m];
+      for (int m = 0; m < kQueries; m++) sums_of[m][j] = dot[m];
     }
-    for (int m = 0; m < kQueries; m++) macaw::store(weights[m] + at, sums(products[m]));
+    for (int m = 0; m < kQueries; m++) macaw::store(products[m] + at, sums(sums_of[m]));
   }
 
-  // Scores to weights; returns what older sums are worth against the new maximum.
-  template <class Cap>
-  float soften(int m, int n, const Cap& capped) {
-    float* s = weights[m];
+  // Products to weights; returns what older sums are worth against the new maximum.
+  float soften(int m, int n) {
+    float* s = products[m];
     const int end = (n + kLanes - 1) / kLanes * kLanes;
-    if (soft_cap != 0) {
-      for (int j = 0; j < end; j += kLanes) macaw::store(s + j, capped(load(s + j), soft_cap));
+    if (scores.soft_cap != 0) {
+      for (int j = 0; j < end; j += kLanes) macaw::store(s + j, scores.capped(load(s + j)));
     }
     for (int j = n; j < end; j++) s[j] = -INFINITY;
     Vec highest = load(s);
     for (int j = kLanes; j < end; j += kLanes) highest = max(highest, load(s + j));
     const float old = top[m];
-    top[m] = std::max(old, max_of(highest));
+    top[m] = std::max(old, max_of(highest) * scores.factor);
     const Vec decay = exp2_nonpositive(splat(old - top[m]));
     total[m] *= decay;
     for (int j = 0; j < end; j += kLanes) {
-      const Vec weight = exp2_nonpositive(load(s + j) - splat(top[m]));
-      macaw::store(s + j, weight);
+      const Vec weight = exp2_nonpositive(load(s + j) * scores.factor - splat(top[m]));
+      macaw::store(weights[m] + j, weight);
       total[m] += weight;
     }
     return decay[0];
@@ -89,13 +90,20 @@ struct SingleRow {
     for (int m = 0; m < kQueries; m++) {
       for (int i = 0; i < kVecs; i++) sum[m][i] = load(o + m * v_head_dim + c + i * kLanes) * splat(decay[m]);
     }
-    for (int j = 0; j < n; j++) {
-      Vec b_v[kVecs];
-      for (int i = 0; i < kVecs; i++) b_v[i] = load(v[j] + offset + c + i * kLanes);
+    for (int j = 0; j < n; j += kPerLane<Q>) {
+      decltype(operand<Q>(q)) b_v[kVecs];
+      for (int i = 0; i < kVecs; i += kPerLane<Q>) {
+        const int at = offset + c + i * kLanes;
+        if constexpr (kPerLane<Q> == 2) {
+          pair_up(v[j] + at, v[j + 1] + at, b_v + i);
+        } else {
+          b_v[i] = load(v[j] + at);
+        }
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < kQueries; m++) {
-        const Vec weight = splat(weights[m][j]);
-        for (int i = 0; i < kVecs; i++) sum[m][i] += weight * b_v[i];
+        const auto weight = splat_operand(weights[m] + j);
+        for (int i = 0; i < kVecs; i++) sum[m][i] = add_products(sum[m][i], weight, b_v[i]);
       }
     }
     for (int m = 0; m < kQueries; m++) {
