@@ -75,7 +75,7 @@ def _requests(num_waiting: int, seed: int) -> list[EngineRequest]:
         prompt = [*range(tenant * 64, tenant * 64 + 64), *range(start, start + draw.randint(64, 512))]
         hints = CallHints(
             program_id=f"p{i // 16}",
-            call_class=draw.choice(list(CallClass)),
+            call_class=draw.choice([c for c in CallClass if c is not CallClass.AHEAD]),
             depth=draw.randrange(4),
             arrival_s=draw.random(),
         )
