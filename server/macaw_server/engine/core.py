@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import islice
@@ -126,10 +126,12 @@ class EngineCore:
             return EngineOutput(request.request_id, finish_reason=sequence.finish_reason)
         return None
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request and free its pages."""
-        self._scheduler.abort(request_id)
-        self._constrained.drop(request_id)
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool) -> None:
+        """Forget requests and free their pages; see `Engine.abort`."""
+        request_ids = list(request_ids)
+        self._scheduler.abort(*request_ids, keep_pages=keep_pages)
+        for request_id in request_ids:
+            self._constrained.drop(request_id)
 
     def step(self) -> list[EngineOutput]:
         """One round: schedule -> run -> postprocess."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from macaw_server.config import EngineConfig
@@ -65,10 +65,11 @@ class EngineHandle(ABC):
             message = "the engine is gone; see the server's log"
             asyncio.get_running_loop().call_soon(self._table.fail, request.request_id, message)
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request."""
-        if self._table.remove(request_id) and self._status == "running":
-            self._send(Abort(request_id))
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool = False) -> None:
+        """Forget requests: one message, however many they are."""
+        known = [request_id for request_id in request_ids if self._table.remove(request_id)]
+        if known and self._status == "running":
+            self._send(Abort(known, keep_pages))
 
     async def stats(self) -> EngineStats:
         """The engine's counters; the last ones known while it is not running."""

@@ -22,7 +22,6 @@ class Allocation:
         num_cached: Tokens found in the cache at admission.
         num_tree_pages: See `block_table`.
         node: End of the locked path.
-        admitted_at: Logical time of the tree at admission.
     """
 
     request_id: str
@@ -31,7 +30,6 @@ class Allocation:
     num_cached: int
     num_tree_pages: int
     node: Node
-    admitted_at: int
 
 
 class Blocked(NamedTuple):
@@ -98,12 +96,12 @@ class KVCache:
         assert request_id not in self._live, f"request {request_id!r} already holds pages"
         match = self.tree.match_prefix(token_ids, salt, max_pages=(len(token_ids) - 1) // self.page_size)
         if match.owner is not None:
-            self.tree.touch(match.node)  # so that an owner that is cancelled leaves what it has computed
             return Blocked(match.owner, len(match.pages))
         node = self.tree.lock(match)
         num_cached = len(match.pages)
         num_new = -(-len(token_ids) // self.page_size) - num_cached
         if not self._make_room(num_new, reserve):
+            self.tree.forget(node)
             self.tree.unlock(node)
             return None
         new_pages = self.pool.allocate(num_new)
@@ -121,7 +119,6 @@ class KVCache:
             num_cached=num_cached * self.page_size,
             num_tree_pages=num_cached if leaf is node else num_full,
             node=leaf,
-            admitted_at=node.last_access,
         )
         self._live[request_id] = allocation
         return allocation
@@ -166,15 +163,17 @@ class KVCache:
             first = allocation.num_tree_pages - len(node.pages)
             self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))
 
-    def release(self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True) -> None:
+    def release(
+        self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True, num_wanted: int = 0
+    ) -> None:
         """End a request's hold on its pages.
 
         Args:
             allocation: Not to be used afterwards.
             token_ids: Its tokens, at least those computed.
-            insert_into_tree: Keep all full computed pages, prompt and output, for later requests. Otherwise
-                only what others have used stays: the request's own pages, also those in the tree, are free at
-                once.
+            insert_into_tree: Keep all full computed pages, prompt and output, for later requests. Otherwise it was
+                cancelled: only what somebody has used who was not stays, all else is free at once.
+            num_wanted: Pages from the front that a `Blocked` request still waits for; they stay.
         """
         del self._live[allocation.request_id]
         size, private = self.page_size, allocation.block_table[allocation.num_tree_pages :]
@@ -189,8 +188,8 @@ class KVCache:
         if insert_into_tree:
             self.tree.touch(node)
         else:
-            own = allocation.num_tree_pages - len(pending) - allocation.num_cached // size
-            node, dropped = self.tree.drop_unshared(node, own, allocation.admitted_at)
+            self.tree.forget(node)
+            node, dropped = self.tree.drop_unused(node, num_wanted)
             self.pool.free(dropped)
         self.tree.unlock(node)
 

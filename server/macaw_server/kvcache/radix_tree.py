@@ -35,6 +35,7 @@ class Node:
         owner: The request that computes the rest; None when all are ready.
         children: By the tokens of their first page.
         lock_count: Live requests whose path goes through here; the node stays while it is not 0.
+        num_users: Requests whose path went through here, without those that were cancelled.
         last_access: Logical time of the last use.
         queued: Whether the node has an entry in the eviction heap.
     """
@@ -47,6 +48,7 @@ class Node:
     owner: str | None = None
     children: dict[PageKey, Node] = field(default_factory=dict)
     lock_count: int = 0
+    num_users: int = 0
     last_access: int = 0
     queued: bool = False
 
@@ -122,6 +124,7 @@ class RadixTree:
             if ancestor.lock_count == 0:
                 self.num_evictable -= len(ancestor.pages)
             ancestor.lock_count += 1
+            ancestor.num_users += 1
             if ancestor.parent is None:
                 self._roots.setdefault(ancestor.salt, ancestor)
         self.touch(node)
@@ -132,6 +135,11 @@ class RadixTree:
         self._clock += 1
         for ancestor in self.path(node):
             ancestor.last_access = self._clock
+
+    def forget(self, node: Node) -> None:
+        """Take back that the caller has used the path, which it still holds."""
+        for ancestor in self.path(node):
+            ancestor.num_users -= 1
 
     def unlock(self, node: Node) -> None:
         """Let go of a path."""
@@ -185,8 +193,9 @@ class RadixTree:
             if common > child.num_ready:
                 return pages
             unused += pages[len(unused) : len(unused) + common]
-            if common < len(child.pages) and len(unused) < len(pages):
+            if common < len(child.pages):
                 child = self._split(child, common)
+            child.num_users += 1
             node = child
         return unused
 
@@ -208,21 +217,27 @@ class RadixTree:
         assert node.parent is not None
         return node.parent, pages
 
-    def drop_unshared(self, node: Node, num_pages: int, since: int) -> tuple[Node, list[int]]:
-        """Take out the end of a path that the caller has locked, as far as nobody else has used it.
+    def drop_unused(self, node: Node, num_kept: int) -> tuple[Node, list[int]]:
+        """Take out the end of a path that the caller has locked and forgotten, as far as nobody else has used it.
 
         Args:
             node: End of the path, nothing pending.
-            num_pages: Pages that may go, counted from the end of the path; a node boundary.
-            since: Logical time (`Node.last_access`) after which a use was somebody else's.
+            num_kept: Pages from the front of the path that stay in any case.
 
         Returns:
             What the caller still holds, and the pages.
         """
         dropped: list[int] = []
-        while len(dropped) < num_pages and node.lock_count == 1 and not node.children and node.last_access <= since:
-            assert node.parent is not None
-            dropped += self._cut(node, 0)
+        start = sum(len(ancestor.pages) for ancestor in self.path(node))
+        while node.lock_count == 1 and not node.children and not node.num_users:
+            start -= len(node.pages)
+            stays = max(0, num_kept - start)
+            if stays >= len(node.pages):
+                break
+            dropped += self._cut(node, stays)
+            if stays:
+                break
+            assert node.parent is not None, "a root has no pages to drop"
             node = node.parent
         return node, dropped
 
@@ -292,7 +307,7 @@ class RadixTree:
 
     def _add_child(self, node: Node, tokens: list[int], pages: list[int], num_ready: int | None = None) -> Node:
         assert len(tokens) == len(pages) * self.page_size, f"{len(tokens)} tokens for {len(pages)} pages"
-        child = Node(node.salt, node, tokens, pages, len(pages) if num_ready is None else num_ready)
+        child = Node(node.salt, node, tokens, pages, len(pages) if num_ready is None else num_ready, num_users=1)
         node.children[self._key(tokens, 0)] = child
         self.num_pages += len(pages)
         return child
@@ -309,6 +324,7 @@ class RadixTree:
             node.pages[:num_pages],
             num_pages,
             lock_count=node.lock_count,
+            num_users=node.num_users,
         )
         upper.last_access = node.last_access
         parent.children[self._key(node.tokens, 0)] = upper

@@ -26,7 +26,7 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import CallClass, CallHints
 from macaw_server.programs.program import CallNode, Program
-from macaw_server.service.call_runner import CallRunner
+from macaw_server.service.call_runner import CallRunner, abort_all
 from macaw_server.service.completions import ResponseFormat
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.prompts import Prepared, PromptPreparer
@@ -177,6 +177,7 @@ class ProgramRun:
         """Follow up on what has happened, and wake everybody who waits for it."""
         if not events:
             return
+        failed = []
         for event in events:
             self._surroundings.metrics.observe(event)
             match event:
@@ -188,7 +189,8 @@ class ProgramRun:
                 case CallFailed(call_id=call_id):
                     self.num_live_calls -= weight(self.program.calls[call_id].call)
                     if (runner := self._runners.pop(call_id, None)) is not None:
-                        runner.abort()
+                        failed.append(runner)
+        abort_all(failed)
         if not all(isinstance(event, CallDelta) for event in events):
             self._advance()
         self._changed.set()

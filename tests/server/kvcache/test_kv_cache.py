@@ -81,7 +81,7 @@ def test_an_owner_that_leaves_takes_its_pending_pages_along(keep):
     owner = cache.admit("a", [1, 2, 3, 4, 5, 6, 7])
     cache.mark_computed(owner, 3)
     assert cache.admit("b", [1, 2, 3, 4, 5, 6, 7]) == Blocked("a", 3)
-    cache.release(owner, [1, 2, 3, 4, 5, 6, 7], insert_into_tree=keep)
+    cache.release(owner, [1, 2, 3, 4, 5, 6, 7], insert_into_tree=keep, num_wanted=3)
     cache.check()
     heir = cache.admit("b", [1, 2, 3, 4, 5, 6, 7])
     assert heir.num_cached == 2, "what was ready and is waited for is not computed again"
@@ -195,6 +195,8 @@ class KVCacheMachine(RuleBasedStateMachine):
     def nothing_is_lost_or_mixed_up(self):
         self.cache.check()
         self.memory.ready_prefixes()
+        for node in self.cache.tree.nodes():
+            assert node.children or node.num_users or not node.pages, "pages stay that only cancelled requests used"
         for allocation, tokens, salt in self.live.values():
             hashes = prefix_hashes(salt, tokens)
             self.memory.check(allocation.block_table, hashes, allocation.num_computed)
