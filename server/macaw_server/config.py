@@ -104,6 +104,14 @@ class ServerConfig(EngineConfig, BaseSettings):
     api_key: tuple[str, ...] = Field(
         default=(), description="Accept this key; repeat for several tenants. None: no key is asked for."
     )
+    tenants: Path | None = Field(
+        default=None, description="TOML file with tenants by name, each with its API keys and perhaps a weight."
+    )
+    shared_prefix: tuple[Path, ...] = Field(
+        default=(),
+        description="File with text that is no secret, a system message or the start of prompts: its K/V is shared by "
+        "all tenants; repeat for several.",
+    )
     served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
     max_live_calls: int = Field(default=4096, ge=1, description="Calls waiting or running; more are refused with 429.")

@@ -19,7 +19,7 @@ from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
 from macaw_server.engine.runner import Chunk, ModelRunner
 from macaw_server.engine.sampler import Row, Sampled, sample
-from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, PublicPrefixes
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
 from macaw_server.models.native import FAMILIES
@@ -50,6 +50,7 @@ class EngineCore:
     Args:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
+        public_prefixes: Tokens of texts whose K/V all tenants share.
         make_proposer: Makes what proposes a request's draft tokens.
 
     Raises:
@@ -60,6 +61,7 @@ class EngineCore:
         self,
         config: EngineConfig,
         on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
         make_proposer: ProposerFactory = prompt_lookup,
     ) -> None:
         device = choose_device(config.device)
@@ -87,6 +89,7 @@ class EngineCore:
             attention_backend=None if config.native else "torch",
         )
         self._config = config
+        self._public_prefixes = public_prefixes
         self._make_proposer = make_proposer
         self._steps = 0
         self._forward_s = self._overhead_s = 0.0
@@ -178,7 +181,7 @@ class EngineCore:
             max_draft_tokens=self._config.speculative_tokens,
             ridge=self._config.speculative_ridge or _RIDGE[torch.device(self.info.device).type],
         )
-        cache = KVCache(self.info.num_pages, self.info.page_size)
+        cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer)
 
     def _proposer(self, request: EngineRequest) -> Proposer:

@@ -10,7 +10,7 @@ from typing import Literal
 from macaw_server.config import EngineConfig
 from macaw_server.engine.inflight import InflightTable, OnOutput
 from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, Outbound, Outputs, Stats
-from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats, PublicPrefixes
 
 Status = Literal["starting", "running", "restarting", "failed", "stopped"]
 
@@ -21,11 +21,18 @@ class EngineHandle(ABC):
     Args:
         config: What to load and how.
         on_loading: Told what the engine is busy with while it loads.
+        public_prefixes: Tokens of texts whose K/V all tenants share.
     """
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
+    ) -> None:
         self._config = config
         self._on_loading = on_loading
+        self._public_prefixes = public_prefixes
         self._table = InflightTable()
         self._info: EngineInfo | None = None
         self._status: Status = "stopped"

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from macaw_server.config import EngineConfig
 from macaw_server.engine.handle import EngineHandle
 from macaw_server.engine.loop import Add, Inbound, LoadFailed, Loading, Outbound, Outputs, Ready, Stop, run_loop
-from macaw_server.engine.types import EngineInfo, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineStats, PublicPrefixes
 from macaw_server.errors import ModelLoadError, StartupError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ STOP_TIMEOUT_S = 5.0
 _context = multiprocessing.get_context("spawn")
 
 
-def _worker(config: EngineConfig, pipe: Connection) -> None:
+def _worker(config: EngineConfig, public_prefixes: PublicPrefixes, pipe: Connection) -> None:
     """Main function of the engine process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s engine %(levelname)s %(message)s")
@@ -49,7 +49,7 @@ def _worker(config: EngineConfig, pipe: Connection) -> None:
 
     threading.Thread(target=read, name="engine-inbox", daemon=True).start()
     try:
-        core = EngineCore(config, lambda step: pipe.send(Loading(step)))
+        core = EngineCore(config, lambda step: pipe.send(Loading(step)), public_prefixes)
     except StartupError as e:
         pipe.send(LoadFailed(e))
         return
@@ -65,8 +65,13 @@ def _worker(config: EngineConfig, pipe: Connection) -> None:
 class EngineProcess(EngineHandle):
     """An `Engine` in a supervised process; see `EngineHandle`."""
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(config, on_loading)
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
+    ) -> None:
+        super().__init__(config, on_loading, public_prefixes)
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -109,7 +114,8 @@ class EngineProcess(EngineHandle):
         # reads this once, when the child imports torch.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_worker, args=(self._config, theirs), name="macaw-engine", daemon=True)
+        worker = (self._config, self._public_prefixes, theirs)
+        self._process = _context.Process(target=_worker, args=worker, name="macaw-engine", daemon=True)
         self._process.start()
         theirs.close()  # so that the pipe ends when the process does
         args = (self._pipe, asyncio.get_running_loop())

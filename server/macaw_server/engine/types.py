@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length"]
+PublicPrefixes = Sequence[Sequence[int]]
+"""Tokens of the texts that the operator has declared public."""
 
 
 class CallClass(IntEnum):
@@ -28,6 +30,8 @@ class CallHints:
         depth: Calls before this one on its longest path.
         group: Name of the task group within the program, if any.
         arrival_s: When the call became ready, monotonic seconds of the server process.
+        tenant: Id of whose it is.
+        tenant_weight: The share of this tenant relative to others with waiting work.
     """
 
     program_id: str = ""
@@ -35,6 +39,8 @@ class CallHints:
     depth: int = 0
     group: str | None = None
     arrival_s: float = 0.0
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

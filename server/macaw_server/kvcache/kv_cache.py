@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from macaw_server.kvcache.page_pool import PagePool
-from macaw_server.kvcache.radix_tree import Node, RadixTree
+from macaw_server.kvcache.public import PublicPrefixes
+from macaw_server.kvcache.radix_tree import PUBLIC, Node, RadixTree
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +24,9 @@ class Allocation:
         num_cached: Tokens found in the cache at admission.
         num_tree_pages: See `block_table`.
         node: End of the locked path.
+        salt: Of its pages behind the first `num_public`.
+        num_public: Pages from the front of its prompt that are declared text.
+        later: Tokens of full pages that get into the tree when the declared text before them is computed.
     """
 
     request_id: str
@@ -30,6 +35,9 @@ class Allocation:
     num_cached: int
     num_tree_pages: int
     node: Node
+    salt: str
+    num_public: int
+    later: list[int]
 
 
 class Blocked(NamedTuple):
@@ -56,10 +64,13 @@ class KVCache:
     Args:
         num_pages: Pages in the pool.
         page_size: Tokens per page.
+        public_prefixes: Tokens of the texts that the operator has declared public; their pages are found by all
+            tenants.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, public_prefixes: Sequence[Sequence[int]] = ()) -> None:
         self.page_size = page_size
+        self.public = PublicPrefixes(public_prefixes, page_size)
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(page_size)
         self.num_evicted = 0
@@ -94,7 +105,8 @@ class KVCache:
             prefix.
         """
         assert request_id not in self._live, f"request {request_id!r} already holds pages"
-        match = self.tree.match_prefix(token_ids, salt, max_pages=(len(token_ids) - 1) // self.page_size)
+        num_public = self.public.num_pages(token_ids)
+        match = self.tree.match_prefix(token_ids, salt, (len(token_ids) - 1) // self.page_size, num_public)
         if match.owner is not None:
             return Blocked(match.owner, len(match.pages))
         node = self.tree.lock(match)
@@ -106,10 +118,12 @@ class KVCache:
             return None
         new_pages = self.pool.allocate(num_new)
         num_full = len(token_ids) // self.page_size
+        at, stop = (PUBLIC, num_public) if num_cached < num_public else (salt, num_full)  # a run has one salt
         leaf = self.tree.insert_pending(
             node,
-            token_ids[num_cached * self.page_size : num_full * self.page_size],
-            new_pages[: num_full - num_cached],
+            at,
+            token_ids[num_cached * self.page_size : stop * self.page_size],
+            new_pages[: stop - num_cached],
             request_id,
         )
         allocation = Allocation(
@@ -117,8 +131,11 @@ class KVCache:
             block_table=match.pages + new_pages,
             num_computed=num_cached * self.page_size,
             num_cached=num_cached * self.page_size,
-            num_tree_pages=num_cached if leaf is node else num_full,
+            num_tree_pages=num_cached if leaf is node else stop,
             node=leaf,
+            salt=salt,
+            num_public=num_public,
+            later=[] if leaf is node else token_ids[stop * self.page_size : num_full * self.page_size],
         )
         self._live[request_id] = allocation
         return allocation
@@ -158,10 +175,15 @@ class KVCache:
         assert allocation.num_computed <= len(allocation.block_table) * self.page_size, (
             f"{allocation.num_computed} tokens computed in {len(allocation.block_table)} pages"
         )
-        node = allocation.node
-        if node.owner is not None:
-            first = allocation.num_tree_pages - len(node.pages)
-            self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))
+        self._set_ready(allocation)
+        if allocation.later and allocation.node.owner is None:
+            first, tokens = allocation.num_tree_pages, allocation.later
+            pages = allocation.block_table[first : first + len(tokens) // self.page_size]
+            leaf = self.tree.insert_pending(allocation.node, allocation.salt, tokens, pages, allocation.request_id)
+            allocation.later = []
+            if leaf is not allocation.node:
+                allocation.node, allocation.num_tree_pages = leaf, first + len(pages)
+                self._set_ready(allocation)
 
     def release(
         self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True, num_wanted: int = 0
@@ -183,7 +205,9 @@ class KVCache:
         if insert_into_tree and num_kept > 0:
             start = allocation.num_tree_pages * size
             tokens = token_ids[start : start + num_kept * size]
-            private = private[num_kept:] + self.tree.insert(node, tokens, private[:num_kept])
+            num_public = max(0, allocation.num_public - allocation.num_tree_pages)
+            unused = self.tree.insert(node, allocation.salt, tokens, private[:num_kept], num_public)
+            private = private[num_kept:] + unused
         self.pool.free(private)
         if insert_into_tree:
             self.tree.touch(node)
@@ -228,3 +252,9 @@ class KVCache:
             self.num_evicted += len(pages)
             self.pool.free(pages)
         return True
+
+    def _set_ready(self, allocation: Allocation) -> None:
+        node = allocation.node
+        if node.owner is not None:
+            first = allocation.num_tree_pages - len(node.pages)
+            self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))

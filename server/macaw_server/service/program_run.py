@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from macaw.errors import CancelledError, DeadlineExceededError, InternalServerError, MacawError
@@ -263,6 +263,8 @@ class ProgramRun:
             depth=node.depth,
             group=node.group,
             arrival_s=self.started_s + ready_ms / 1000,
+            tenant=self.tenant.id,
+            tenant_weight=self.tenant.weight,
         )
         return hints if self._hints is None else _overridden(hints, self._hints, self.tenant)
 
@@ -299,10 +301,10 @@ def weight(call: Call) -> int:
 def _overridden(deduced: CallHints, given: Hints, tenant: Tenant) -> CallHints:
     """A group hint makes a call part of a task group, unless the client says what it waits for."""
     in_group = given.group is not None and given.objective is None
-    return CallHints(
+    return replace(
+        deduced,
         program_id=f"{tenant.id}/{given.app}" if given.app is not None else deduced.program_id,
         call_class=CallClass.GROUP if in_group else deduced.call_class,
         depth=deduced.depth if given.stage is None else given.stage,
         group=deduced.group if given.group is None else given.group,
-        arrival_s=deduced.arrival_s,
     )

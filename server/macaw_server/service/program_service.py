@@ -64,7 +64,7 @@ class ProgramService:
     ) -> None:
         self.config = config or ServiceConfig()
         self.models = ModelRegistry(models)
-        self.tenants = Tenants(self.config.api_keys, secret)
+        self.tenants = Tenants(self.config.api_keys, self.config.tenants, secret)
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
         self._surroundings = Surroundings(self.config, PromptPreparer(self.models), self.metrics, self._on_end)
         self._live: dict[str, ProgramRun] = {}
