@@ -121,6 +121,11 @@ class CallRunner:
         """Where it runs."""
         return self._prepared.model.engine
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer that is least far."""
+        return min(choice.num_tokens for choice in self._choices)
+
     def end(self) -> list[str]:
         """The observer hears nothing more; returns the engine's requests that are still running."""
         self._over = True
