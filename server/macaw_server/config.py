@@ -86,6 +86,11 @@ class EngineConfig(BaseModel):
         description="Tokens of a step that cost as much to compute as the weights cost to read: "
         "the fewer, the surer a draft must be; default by device.",
     )
+    engines: int = Field(
+        default=1,
+        ge=1,
+        description="Engines on this machine, each a process with the model; they split --threads and --kv-memory.",
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from macaw_server.config import ServerConfig
+from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine
@@ -75,6 +76,23 @@ def read_public(config: ServerConfig) -> list[SharedPrefix]:
     if not config.shared_prefix:
         return []
     return read_shared_prefixes(config.shared_prefix, load_tokenizer(config.engine()))
+
+
+def make_engine(
+    kind: type[EngineProcess] | type[EngineThread],
+    config: ServerConfig,
+    public: list[SharedPrefix],
+    on_loading: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """One engine, or the group of `--engines`, not started."""
+    prefixes = [prefix.token_ids for prefix in public]
+    if config.engines == 1:
+        return kind(config.engine(), on_loading, prefixes)
+
+    def named(i: int) -> Callable[[str], None]:
+        return lambda step: on_loading(f"engine {i}: {step}")
+
+    return EngineGroup([kind(config.engine(), named(i), prefixes) for i in range(config.engines)])
 
 
 async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
@@ -137,7 +155,7 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {escape(step)}[/]")
 
         public = await asyncio.to_thread(read_public, config)
-        engine = EngineProcess(config.engine(), on_loading, [prefix.token_ids for prefix in public])
+        engine = make_engine(EngineProcess, config, public, on_loading)
         service = await load_service(config, engine)
     server = _Server(
         service,
@@ -273,7 +291,10 @@ class LocalServer:
     async def _main(self) -> None:
         try:
             public = await asyncio.to_thread(read_public, self.config)
-            engine = EngineThread(self.config.engine(), public_prefixes=[prefix.token_ids for prefix in public])
+            kind: type[EngineProcess] | type[EngineThread] = EngineThread
+            if self.config.engines > 1:  # torch's defaults, which loading sets, are the whole process's
+                kind = EngineProcess
+            engine = make_engine(kind, self.config, public)
             self.service = await load_service(self.config, engine)
         except BaseException as e:
             self._failure = e

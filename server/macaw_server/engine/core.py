@@ -72,7 +72,8 @@ class EngineCore:
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
             # Below this size the threads' meeting points cost more than a second thread brings.
-            torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1))
+            threads = config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1)
+            torch.set_num_threads(max(1, threads // config.engines))
         on_loading("checking the model's attention against transformers")
         prepared = prepare(model, config, profile, lambda: loader.max_model_len(config, hf))
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in prepared.layers.values())

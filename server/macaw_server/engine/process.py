@@ -177,14 +177,19 @@ class EngineProcess(EngineHandle):
         if self._status == "starting":
             self._give_up(ModelLoadError(f"The engine process died while loading {self._config.model}."))
             return
+        self._status = "restarting"
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > MAX_RESTARTS_IN_A_ROW:
             self._give_up(RuntimeError(f"the engine died {self._deaths_in_a_row} times in a row"))
             return
         log.error("the engine process died (%d in a row); starting it again", self._deaths_in_a_row)
-        self._status = "restarting"
         self._restarts += 1
         self._spawn()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost(self._table.take_all())
 
     def _give_up(self, error: Exception) -> None:
         starting, self._status = self._status == "starting", "failed"
@@ -192,4 +197,5 @@ class EngineProcess(EngineHandle):
             self._ready.set_exception(error)
         elif not starting:
             log.error("the engine is given up: %s", error)
+            self._hand_over()
         self._table.fail_all(f"the engine is given up: {error}")

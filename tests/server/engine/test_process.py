@@ -13,6 +13,7 @@ import pytest
 from llguidance import LLMatcher
 
 from macaw_server.config import EngineConfig
+from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import MAX_CRASHES_PER_REQUEST, EngineProcess
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine, EngineOutput, EngineRequest, SamplingParams
@@ -65,7 +66,7 @@ class Collector:
 
 
 @asynccontextmanager
-async def running(engine: EngineProcess | EngineThread) -> AsyncIterator[Collector]:
+async def running(engine: EngineProcess | EngineThread | EngineGroup) -> AsyncIterator[Collector]:
     await engine.start()
     try:
         yield Collector(engine)
