@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine, EngineOutput, EngineRequest
@@ -48,7 +49,7 @@ class Collector:
 
 
 @asynccontextmanager
-async def running(engine: EngineProcess | EngineThread) -> AsyncIterator[Collector]:
+async def running(engine: EngineProcess | EngineThread | EngineGroup) -> AsyncIterator[Collector]:
     await engine.start()
     try:
         yield Collector(engine)

@@ -116,6 +116,11 @@ class EngineConfig(BaseModel):
         description="Prompts of calls to come are prefilled beside other work in steps of up to so many tokens, "
         "and else when there is none; default by device.",
     )
+    engines: int = Field(
+        default=1,
+        ge=1,
+        description="Engines on this machine, each a process with the model; they split --threads and --kv-memory.",
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPU threads of the engine; default: all cores, or 1 for a tiny model."
     )
@@ -133,6 +138,14 @@ class ServerConfig(EngineConfig, BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     api_key: tuple[str, ...] = Field(
         default=(), description="Accept this key; repeat for several tenants. None: no key is asked for."
+    )
+    tenants: Path | None = Field(
+        default=None, description="TOML file with tenants by name, each with its API keys and perhaps a weight."
+    )
+    shared_prefix: tuple[Path, ...] = Field(
+        default=(),
+        description="File with text that is no secret, a system message or the start of prompts: its K/V is shared by "
+        "all tenants; repeat for several.",
     )
     served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from macaw_server.config import ServerConfig
+from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine
@@ -25,6 +26,8 @@ from macaw_server.errors import PortInUseError
 from macaw_server.http import create_app
 from macaw_server.models.loader import DEMO_MODEL, load_tokenizer, resolve
 from macaw_server.service import ProgramService, ServedModel, ServiceConfig
+from macaw_server.service.tenants import read_tenants
+from macaw_server.shared_prefixes import SharedPrefix, read_shared_prefixes
 
 CLOSE_CONNECTIONS_S = 5
 """How long connections may take to close when all programs have ended."""
@@ -64,12 +67,41 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def read_public(config: ServerConfig) -> list[SharedPrefix]:
+    """The texts that are declared public, as tokens.
+
+    Raises:
+        StartupError: A file or the tokenizer cannot be read.
+    """
+    if not config.shared_prefix:
+        return []
+    return read_shared_prefixes(config.shared_prefix, load_tokenizer(config.engine()))
+
+
+def make_engine(
+    kind: type[EngineProcess] | type[EngineThread],
+    config: ServerConfig,
+    public: list[SharedPrefix],
+    on_loading: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """One engine, or the group of `--engines`, not started."""
+    prefixes = [prefix.token_ids for prefix in public]
+    if config.engines == 1:
+        return kind(config.engine(), on_loading, prefixes)
+
+    def named(i: int) -> Callable[[str], None]:
+        return lambda step: on_loading(f"engine {i}: {step}")
+
+    return EngineGroup([kind(config.engine(), named(i), prefixes) for i in range(config.engines)])
+
+
 async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
     """Start the engine, load the tokenizer meanwhile, and make the service over both.
 
     Raises:
         StartupError: The model cannot be served, or the tokenizer not be loaded; the engine is stopped then.
     """
+    tenants = () if config.tenants is None else read_tenants(config.tenants)
     await asyncio.to_thread(resolve, config.engine())  # a folder that is not there is said at once
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -83,6 +115,7 @@ async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
         [model],
         ServiceConfig(
             api_keys=config.api_key,
+            tenants=tenants,
             max_body_bytes=config.max_body_size,
             max_live_calls=config.max_live_calls,
             prefill_ahead=config.prefill_ahead,
@@ -123,13 +156,14 @@ async def _serve(config: ServerConfig, sock: socket.socket, console: Console) ->
             status.update(escape(step))
             console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {escape(step)}[/]")
 
-        engine = EngineProcess(config.engine(), on_loading)
+        public = await asyncio.to_thread(read_public, config)
+        engine = make_engine(EngineProcess, config, public, on_loading)
         with _signals_end(engine, console):
             service = await load_service(config, engine)
     server = _Server(
         service,
         "warning" if config.log_level == "info" else config.log_level,
-        on_started=lambda: _announce(config, engine, sock, console, time.perf_counter() - started),
+        on_started=lambda: _announce(config, service, public, sock, console, time.perf_counter() - started),
     )
     stopper = _Stopper(service, server, config.shutdown_timeout_s, console)
     try:
@@ -145,7 +179,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def _signals_end(engine: EngineProcess, console: Console) -> Iterator[None]:
+def _signals_end(engine: Engine, console: Console) -> Iterator[None]:
     """While the model loads, a signal ends the engine and this process: there is nothing to wait for.
 
     Not by unwinding: threads that load and import would be waited for, a minute on a busy machine.
@@ -197,8 +231,15 @@ class _Stopper:
         self._server.should_exit = True
 
 
-def _announce(config: ServerConfig, engine: Engine, sock: socket.socket, console: Console, seconds: float) -> None:
-    info = engine.info
+def _announce(
+    config: ServerConfig,
+    service: ProgramService,
+    public: list[SharedPrefix],
+    sock: socket.socket,
+    console: Console,
+    seconds: float,
+) -> None:
+    info = service.models.find(None).engine.info
     pool_bytes = info.num_pages * info.page_bytes
     where, each = info.device, ""
     if config.tensor_parallel_size > 1:
@@ -207,11 +248,13 @@ def _announce(config: ServerConfig, engine: Engine, sock: socket.socket, console
         "model": f"{config.model_name} ({info.weight_bytes / 1e6:,.0f} MB of weights, {info.dtype} on {where})",
         "context": f"{info.max_model_len:,} tokens",
         "KV pool": f"{info.num_pages:,} pages of {info.page_size} tokens, {pool_bytes / 2**20:,.0f} MiB{each}",
-        "API keys": len(config.api_key) or "none: everybody who reaches the port is served",
+        "tenants": len(service.tenants) or "no API keys: everybody who reaches the port is served",
         "ready in": f"{seconds:.1f} s",
     }
     for name, value in facts.items():
         console.print(f"  {name:9} {value}")
+    for prefix in public:
+        console.print(f"  public    {escape(prefix.describe(info.page_size))}")
     if config.model == DEMO_MODEL:
         console.print("  [yellow]macaw-demo has random weights: what it writes is noise[/]")
     console.print(f"Macaw is serving at {_url(sock)}/v1", style="bold")
@@ -279,8 +322,12 @@ class LocalServer:
         self._socket = self._thread = self.loop = self._server = None
 
     async def _main(self) -> None:
-        engine = EngineThread(self.config.engine())
         try:
+            public = await asyncio.to_thread(read_public, self.config)
+            kind: type[EngineProcess] | type[EngineThread] = EngineThread
+            if self.config.engines > 1:  # torch's defaults, which loading sets, are the whole process's
+                kind = EngineProcess
+            engine = make_engine(kind, self.config, public)
             self.service = await load_service(self.config, engine)
         except BaseException as e:
             self._failure = e

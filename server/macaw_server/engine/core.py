@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from macaw_server.engine.ridge import RidgeEstimate, measured
 from macaw_server.engine.runner import ModelRunner
 from macaw_server.engine.sampler import Choices, Sampled, sample
 from macaw_server.engine.tensor_parallel import Runner, TensorParallel
-from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, PublicPrefixes
 from macaw_server.errors import ConfigError
 from macaw_server.kvcache import KVCache
 from macaw_server.models import loader
@@ -66,6 +66,7 @@ class EngineCore:
     Args:
         config: What to load and how.
         on_loading: Told what is going on while the model loads.
+        public_prefixes: Tokens of texts whose K/V all tenants share.
         make_proposer: Makes what proposes a request's draft tokens.
         ranks: This process's part, where the engine has several ranks.
 
@@ -80,6 +81,7 @@ class EngineCore:
         self,
         config: EngineConfig,
         on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
         make_proposer: ProposerFactory = prompt_lookup,
         ranks: TensorParallel | None = None,
     ) -> None:
@@ -98,8 +100,9 @@ class EngineCore:
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if device.type == "cpu":
             # Below this size the threads' meeting points cost more than a second thread brings.
-            num_cores = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
-            torch.set_num_threads(config.threads or (1 if weight_bytes < 64 * 2**20 else num_cores))
+            processes = config.engines * config.tensor_parallel_size
+            num_threads = config.threads or (1 if weight_bytes < 64 * 2**20 else os.cpu_count() or 1)
+            torch.set_num_threads(max(1, num_threads // processes))
         on_loading("checking the model's attention against transformers")
         prepared = prepare(model, config, profile, lambda: loader.max_model_len(config, hf))
         page_bytes = sum(spec.page_bytes(config.page_size, dtype) for spec in prepared.layers.values())
@@ -133,6 +136,7 @@ class EngineCore:
                 log.warning("decode steps run without CUDA graphs, and slower: %s", e)
         self._runner: Runner = runner
         self._config = config
+        self._public_prefixes = public_prefixes
         self._make_proposer = make_proposer
         self._step_time = StepTimeModel()
         self._overlap = ranks is None and (device.type == "cuda" if config.overlap is None else config.overlap)
@@ -197,10 +201,12 @@ class EngineCore:
             return EngineOutput(request.request_id, finish_reason=sequence.finish_reason)
         return None
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request and free its pages."""
-        self._scheduler.abort(request_id)
-        self._constrained.drop(request_id)
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool) -> None:
+        """Forget requests and free their pages; see `Engine.abort`."""
+        request_ids = list(request_ids)
+        self._scheduler.abort(*request_ids, keep_pages=keep_pages)
+        for request_id in request_ids:
+            self._constrained.drop(request_id)
 
     def step(self) -> list[EngineOutput]:
         """One round: schedule -> run -> postprocess. With overlap the next batch runs before this one is read."""
@@ -254,7 +260,7 @@ class EngineCore:
             ridge=self.ridge,
             ahead_rows=_AHEAD_ROWS[device] if self._config.ahead_rows is None else self._config.ahead_rows,
         )
-        cache = KVCache(self.info.num_pages, self.info.page_size)
+        cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
 
     def _proposer(self, request: EngineRequest) -> Proposer:

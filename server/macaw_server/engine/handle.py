@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from macaw_server.config import EngineConfig
-from macaw_server.engine.inflight import InflightTable, OnOutput
+from macaw_server.engine.inflight import Entry, InflightTable, OnOutput
 from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, Outbound, Outputs, Stats
-from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats, PublicPrefixes
 
 Status = Literal["starting", "running", "restarting", "failed", "stopped"]
 
@@ -21,11 +21,22 @@ class EngineHandle(ABC):
     Args:
         config: What to load and how.
         on_loading: Told what the engine is busy with while it loads.
+        public_prefixes: Tokens of texts whose K/V all tenants share.
+
+    Attributes:
+        on_lost: Takes the requests of an engine that has died; without it they wait here for its return.
     """
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
+    ) -> None:
         self._config = config
         self._on_loading = on_loading
+        self._public_prefixes = public_prefixes
+        self.on_lost: Callable[[list[Entry]], None] | None = None
         self._table = InflightTable()
         self._info: EngineInfo | None = None
         self._status: Status = "stopped"
@@ -39,6 +50,9 @@ class EngineHandle(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """Stop for good."""
+
+    def kill(self) -> None:  # noqa: B027
+        """Stop for sure, without waiting for anything; nothing to do where it shares this process's fate."""
 
     @abstractmethod
     def _send(self, message: Inbound) -> None:
@@ -58,17 +72,22 @@ class EngineHandle(ABC):
 
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """Queue a request; while the engine restarts it waits here."""
-        self._table.add(request, on_output)
+        self.adopt(Entry(request, on_output))
+
+    def adopt(self, entry: Entry) -> None:
+        """Queue a request that another engine may have begun: it goes on behind the tokens that it has."""
+        self._table.put(entry)
         if self._status == "running":
-            self._send(Add(request))
+            self._send(Add(entry.request))
         elif self._status in ("failed", "stopped"):
             message = "the engine is gone; see the server's log"
-            asyncio.get_running_loop().call_soon(self._table.fail, request.request_id, message)
+            asyncio.get_running_loop().call_soon(self._table.fail, entry.request.request_id, message)
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request."""
-        if self._table.remove(request_id) and self._status == "running":
-            self._send(Abort(request_id))
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool = False) -> None:
+        """Forget requests: one message, however many they are."""
+        known = [request_id for request_id in request_ids if self._table.remove(request_id)]
+        if known and self._status == "running":
+            self._send(Abort(known, keep_pages))
 
     async def stats(self) -> EngineStats:
         """The engine's counters; the last ones known while it is not running."""

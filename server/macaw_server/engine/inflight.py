@@ -14,7 +14,16 @@ OnOutput = Callable[[EngineOutput], None]
 
 
 @dataclass(slots=True)
-class _Entry:
+class Entry:
+    """A request, who hears of its outputs, and how often an engine died with it.
+
+    Attributes:
+        request: With the outputs so far.
+        on_output: Called with each output.
+        started: Its client knows that it has entered a batch.
+        crashes: Deaths of engines that had it.
+    """
+
     request: EngineRequest
     on_output: OnOutput
     started: bool = False
@@ -25,12 +34,17 @@ class InflightTable:
     """Delivers outputs to their callbacks and keeps what is needed to take a request up again on a new engine."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
 
-    def add(self, request: EngineRequest, on_output: OnOutput) -> None:
+    def put(self, entry: Entry) -> None:
         """Remember a request."""
-        assert request.request_id not in self._entries, f"request id {request.request_id} is in use"
-        self._entries[request.request_id] = _Entry(request, on_output)
+        assert entry.request.request_id not in self._entries, f"request id {entry.request.request_id} is in use"
+        self._entries[entry.request.request_id] = entry
+
+    def take_all(self) -> list[Entry]:
+        """Hand over all requests, in order of arrival."""
+        entries, self._entries = list(self._entries.values()), {}
+        return entries
 
     def remove(self, request_id: str) -> bool:
         """Forget a request; whether it was there."""

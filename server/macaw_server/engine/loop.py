@@ -22,9 +22,10 @@ class Add(NamedTuple):
 
 
 class Abort(NamedTuple):
-    """Forget a request."""
+    """Forget requests, and what only they have computed too unless `keep_pages`."""
 
-    request_id: str
+    request_ids: list[str]
+    keep_pages: bool
 
 
 class GetStats(NamedTuple):
@@ -78,8 +79,8 @@ def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outb
                     refused = core.add(request)
                     if refused is not None:
                         send(Outputs([refused]))
-                case Abort(request_id):
-                    core.abort(request_id)
+                case Abort(request_ids, keep_pages):
+                    core.abort(request_ids, keep_pages=keep_pages)
                 case GetStats():
                     send(Stats(core.stats()))
                 case Stop():

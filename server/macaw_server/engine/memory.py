@@ -95,21 +95,22 @@ def size_pool(config: EngineConfig, *, page_bytes: int, max_model_len: int, devi
     context_pages = -(-max_model_len // config.page_size)
     if config.kv_memory is None:
         share = _GPU_SHARE if device.type == "cuda" else _CPU_SHARE
-        pages = min(int(free * share) // page_bytes, config.max_num_seqs * context_pages)
-    elif config.kv_memory > free:
+        pages = min(int(free * share) // config.engines // page_bytes, config.max_num_seqs * context_pages)
+    elif config.kv_memory // config.engines > free:
         raise MemoryBudgetError(
             f"--kv-memory {_size(config.kv_memory)} is over the {_size(free)} that are free on {device}. "
             "Give less, or free some."
         )
     else:
-        pages = config.kv_memory // page_bytes
+        pages = config.kv_memory // config.engines // page_bytes
     if pages >= context_pages:
         return PoolSize(pages, max_model_len)
     if config.max_model_len is None and pages * config.page_size >= _MIN_CONTEXT:
         return PoolSize(pages, pages * config.page_size)
+    least = context_pages * page_bytes * config.engines
     raise MemoryBudgetError(
         f"{_size(pages * page_bytes)} for the KV pool hold {pages * config.page_size:,} tokens, fewer than the "
-        f"context of {max_model_len:,}. Give --kv-memory of at least {_size(context_pages * page_bytes)}, or a "
+        f"context of {max_model_len:,}. Give --kv-memory of at least {_size(least)}, or a "
         "smaller --max-model-len."
     )
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -16,7 +17,7 @@ from macaw_server.config import EngineConfig
 from macaw_server.engine.handle import EngineHandle
 from macaw_server.engine.loop import Add, Inbound, LoadFailed, Loading, Outbound, Outputs, Ready, Stop, run_loop
 from macaw_server.engine.ranks import Ranks, Seat
-from macaw_server.engine.types import EngineInfo, EngineStats
+from macaw_server.engine.types import EngineInfo, EngineStats, PublicPrefixes
 from macaw_server.errors import ModelLoadError, StartupError
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ STOP_TIMEOUT_S = 5.0
 """How long a stopped engine may finish its step before it is killed."""
 
 
-def _worker(config: EngineConfig, pipe: Connection, seat: Seat) -> None:
+def _worker(config: EngineConfig, pipe: Connection, seat: Seat, *, public_prefixes: PublicPrefixes) -> None:
     """Main function of each of the engine's processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
     several = config.tensor_parallel_size > 1
@@ -57,7 +58,7 @@ def _worker(config: EngineConfig, pipe: Connection, seat: Seat) -> None:
 
     try:
         ranks = TensorParallel(config, seat) if several else None
-        core = EngineCore(config, on_loading, ranks=ranks)
+        core = EngineCore(config, on_loading, public_prefixes, ranks=ranks)
     except StartupError as e:
         pipe.send(LoadFailed(e))
         return
@@ -78,8 +79,13 @@ def _worker(config: EngineConfig, pipe: Connection, seat: Seat) -> None:
 class EngineProcess(EngineHandle):
     """An `Engine` in a supervised process, or in one for each rank; see `EngineHandle`."""
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(config, on_loading)
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
+    ) -> None:
+        super().__init__(config, on_loading, public_prefixes)
         self._ranks: Ranks | None = None
         self._burial: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -130,7 +136,7 @@ class EngineProcess(EngineHandle):
         # Threads that spin while they wait for each other starve on a core that the HTTP side needs too; OpenMP
         # reads this once, when the child imports torch.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self._ranks = Ranks(_worker, self._config)
+        self._ranks = Ranks(partial(_worker, public_prefixes=self._public_prefixes), self._config)
         for _, pipe in self._ranks.members:
             args = (self._ranks, pipe, asyncio.get_running_loop())
             threading.Thread(target=self._read, args=args, name="engine-outbox", daemon=True).start()
@@ -201,6 +207,7 @@ class EngineProcess(EngineHandle):
             log.error("the engine process died (%d in a row); starting it again", self._deaths_in_a_row)
             self._status = "restarting"
             self._restarts += 1
+            self._hand_over()
         self._burial = asyncio.create_task(self._bury(ranks))
 
     async def _bury(self, ranks: Ranks) -> None:
@@ -208,6 +215,10 @@ class EngineProcess(EngineHandle):
         await asyncio.to_thread(ranks.kill)
         if self._status == "restarting":
             self._spawn()
+
+    def _hand_over(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost(self._table.take_all())
 
     def _give_up(self, error: Exception) -> None:
         if self._status == "failed":  # every rank says so
@@ -217,4 +228,5 @@ class EngineProcess(EngineHandle):
             self._ready.set_exception(error)
         elif not starting:
             log.error("the engine is given up: %s", error)
+            self._hand_over()
         self._table.fail_all(f"the engine is given up: {error}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from macaw_server.config import EngineConfig
 from macaw_server.engine.handle import EngineHandle
 from macaw_server.engine.loop import Inbound, Stop, run_loop
+from macaw_server.engine.types import PublicPrefixes
 
 if TYPE_CHECKING:
     from macaw_server.engine.core import EngineCore
@@ -24,8 +25,13 @@ class EngineThread(EngineHandle):
     `on_loading` is called in the loading thread.
     """
 
-    def __init__(self, config: EngineConfig, on_loading: Callable[[str], None] = lambda _: None) -> None:
-        super().__init__(config, on_loading)
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loading: Callable[[str], None] = lambda _: None,
+        public_prefixes: PublicPrefixes = (),
+    ) -> None:
+        super().__init__(config, on_loading, public_prefixes)
         self._inbox: SimpleQueue[Inbound] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -35,7 +41,7 @@ class EngineThread(EngineHandle):
 
         self._status = "starting"
         try:
-            core = await asyncio.to_thread(EngineCore, self._config, self._on_loading)
+            core = await asyncio.to_thread(EngineCore, self._config, self._on_loading, self._public_prefixes)
         except BaseException:
             self._status = "failed"
             raise

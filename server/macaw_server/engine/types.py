@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length"]
+PublicPrefixes = Sequence[Sequence[int]]
+"""Tokens of the texts that the operator has declared public."""
 
 
 class CallClass(IntEnum):
@@ -222,6 +224,10 @@ class Engine(Protocol):
         """Load the model; returns when requests are being worked on. Raises `ModelLoadError`."""
         ...
 
+    def kill(self) -> None:
+        """Stop for sure, without waiting for anything."""
+        ...
+
     async def stop(self) -> None:
         """Stop for good; requests that are still there get no more output."""
         ...
@@ -230,8 +236,14 @@ class Engine(Protocol):
         """Queue a request. Outputs come in order; the last has a `finish_reason` or an `error`."""
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request: no more output. Unknown and finished ids are nothing to do."""
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool = False) -> None:
+        """Forget requests: no more output. Unknown and finished ids are nothing to do.
+
+        Args:
+            request_ids: Whose.
+            keep_pages: They came to their end in another way than by their tokens (a stop string): what they have
+                computed stays in the cache. Otherwise they are cancelled, and pages that only they use are free.
+        """
         ...
 
     async def stats(self) -> EngineStats:

@@ -51,11 +51,13 @@ class OpenAIEndpoints:
 
     async def chat(self, request: Request, tenant: Tenant) -> Response:
         """A chat completion."""
+        self._service.check_room(tenant)
         body = await read_json(request, self._config.max_body_bytes)
         return await self._answer(request, tenant, parse_openai(ChatCompletionRequest, body))
 
     async def complete(self, request: Request, tenant: Tenant) -> Response:
         """A text completion of one or several prompts."""
+        self._service.check_room(tenant)
         body = await read_json(request, self._config.max_body_bytes)
         return await self._answer(request, tenant, parse_openai(CompletionRequest, body))
 

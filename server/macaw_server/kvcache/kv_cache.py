@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from macaw_server.kvcache.page_pool import PagePool
-from macaw_server.kvcache.radix_tree import Node, RadixTree
+from macaw_server.kvcache.public import PublicPrefixes
+from macaw_server.kvcache.radix_tree import PUBLIC, Node, RadixTree
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +24,9 @@ class Allocation:
         num_cached: Tokens found in the cache at admission.
         num_tree_pages: See `block_table`.
         node: End of the locked path.
-        admitted_at: Logical time of the tree at admission.
+        salt: Of its pages behind the first `num_public`.
+        num_public: Pages from the front of its prompt that are declared text.
+        later: Tokens of full pages that get into the tree when the declared text before them is computed.
     """
 
     request_id: str
@@ -31,7 +35,9 @@ class Allocation:
     num_cached: int
     num_tree_pages: int
     node: Node
-    admitted_at: int
+    salt: str
+    num_public: int
+    later: list[int]
 
 
 class Blocked(NamedTuple):
@@ -58,10 +64,13 @@ class KVCache:
     Args:
         num_pages: Pages in the pool.
         page_size: Tokens per page.
+        public_prefixes: Tokens of the texts that the operator has declared public; their pages are found by all
+            tenants.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, public_prefixes: Sequence[Sequence[int]] = ()) -> None:
         self.page_size = page_size
+        self.public = PublicPrefixes(public_prefixes, page_size)
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(page_size)
         self.num_evicted = 0
@@ -96,22 +105,25 @@ class KVCache:
             prefix.
         """
         assert request_id not in self._live, f"request {request_id!r} already holds pages"
-        match = self.tree.match_prefix(token_ids, salt, max_pages=(len(token_ids) - 1) // self.page_size)
+        num_public = self.public.num_pages(token_ids)
+        match = self.tree.match_prefix(token_ids, salt, (len(token_ids) - 1) // self.page_size, num_public)
         if match.owner is not None:
-            self.tree.touch(match.node)  # so that an owner that is cancelled leaves what it has computed
             return Blocked(match.owner, len(match.pages))
         node = self.tree.lock(match)
         num_cached = len(match.pages)
         num_new = -(-len(token_ids) // self.page_size) - num_cached
         if not self._make_room(num_new, reserve):
+            self.tree.forget(node)
             self.tree.unlock(node)
             return None
         new_pages = self.pool.allocate(num_new)
         num_full = len(token_ids) // self.page_size
+        at, stop = (PUBLIC, num_public) if num_cached < num_public else (salt, num_full)  # a run has one salt
         leaf = self.tree.insert_pending(
             node,
-            token_ids[num_cached * self.page_size : num_full * self.page_size],
-            new_pages[: num_full - num_cached],
+            at,
+            token_ids[num_cached * self.page_size : stop * self.page_size],
+            new_pages[: stop - num_cached],
             request_id,
         )
         allocation = Allocation(
@@ -119,9 +131,11 @@ class KVCache:
             block_table=match.pages + new_pages,
             num_computed=num_cached * self.page_size,
             num_cached=num_cached * self.page_size,
-            num_tree_pages=num_cached if leaf is node else num_full,
+            num_tree_pages=num_cached if leaf is node else stop,
             node=leaf,
-            admitted_at=node.last_access,
+            salt=salt,
+            num_public=num_public,
+            later=[] if leaf is node else token_ids[stop * self.page_size : num_full * self.page_size],
         )
         self._live[request_id] = allocation
         return allocation
@@ -170,20 +184,27 @@ class KVCache:
         assert allocation.num_computed <= len(allocation.block_table) * self.page_size, (
             f"{allocation.num_computed} tokens computed in {len(allocation.block_table)} pages"
         )
-        node = allocation.node
-        if node.owner is not None:
-            first = allocation.num_tree_pages - len(node.pages)
-            self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))
+        self._set_ready(allocation)
+        if allocation.later and allocation.node.owner is None:
+            first, tokens = allocation.num_tree_pages, allocation.later
+            pages = allocation.block_table[first : first + len(tokens) // self.page_size]
+            leaf = self.tree.insert_pending(allocation.node, allocation.salt, tokens, pages, allocation.request_id)
+            allocation.later = []
+            if leaf is not allocation.node:
+                allocation.node, allocation.num_tree_pages = leaf, first + len(pages)
+                self._set_ready(allocation)
 
-    def release(self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True) -> None:
+    def release(
+        self, allocation: Allocation, token_ids: list[int], *, insert_into_tree: bool = True, num_wanted: int = 0
+    ) -> None:
         """End a request's hold on its pages.
 
         Args:
             allocation: Not to be used afterwards.
             token_ids: Its tokens, at least those computed.
-            insert_into_tree: Keep all full computed pages, prompt and output, for later requests. Otherwise
-                only what others have used stays: the request's own pages, also those in the tree, are free at
-                once.
+            insert_into_tree: Keep all full computed pages, prompt and output, for later requests. Otherwise it was
+                cancelled: only what somebody has used who was not stays, all else is free at once.
+            num_wanted: Pages from the front that a `Blocked` request still waits for; they stay.
         """
         del self._live[allocation.request_id]
         size, private = self.page_size, allocation.block_table[allocation.num_tree_pages :]
@@ -193,13 +214,15 @@ class KVCache:
         if insert_into_tree and num_kept > 0:
             start = allocation.num_tree_pages * size
             tokens = token_ids[start : start + num_kept * size]
-            private = private[num_kept:] + self.tree.insert(node, tokens, private[:num_kept])
+            num_public = max(0, allocation.num_public - allocation.num_tree_pages)
+            unused = self.tree.insert(node, allocation.salt, tokens, private[:num_kept], num_public)
+            private = private[num_kept:] + unused
         self.pool.free(private)
         if insert_into_tree:
             self.tree.touch(node)
         else:
-            own = allocation.num_tree_pages - len(pending) - allocation.num_cached // size
-            node, dropped = self.tree.drop_unshared(node, own, allocation.admitted_at)
+            self.tree.forget(node)
+            node, dropped = self.tree.drop_unused(node, num_wanted)
             self.pool.free(dropped)
         self.tree.unlock(node)
 
@@ -238,3 +261,9 @@ class KVCache:
             self.num_evicted += len(pages)
             self.pool.free(pages)
         return True
+
+    def _set_ready(self, allocation: Allocation) -> None:
+        node = allocation.node
+        if node.owner is not None:
+            first = allocation.num_tree_pages - len(node.pages)
+            self.tree.set_ready(node, min(allocation.num_computed // self.page_size - first, len(node.pages)))

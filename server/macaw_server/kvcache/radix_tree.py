@@ -1,7 +1,10 @@
 """Which pages hold which prefix: a radix tree over full pages, one root per tenant.
 
-A page is found only by the exact tokens of everything up to its end, below the root of its salt. Edges are
-compressed: a node holds a run of pages and is split at a page boundary where two prompts part.
+A page is found only by the exact tokens of everything up to its end, and by its salt. Edges are compressed: a node
+holds a run of pages and is split at a page boundary where two prompts part. Declared text (`PublicPrefixes`) has a
+root of its own, whose salt is `PUBLIC`, and below its nodes are those of the tenants: there, too, a child is found by
+its salt and its tokens. So a path is public as far as its prompt is, then one tenant's, and nobody else gets past that.
+
 (RadixAttention: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024,
 section 3; pending pages are ours.)
 
@@ -18,8 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-PageKey = tuple[int, ...]
-"""The tokens of one page."""
+PageKey = tuple[str | int | None, ...]
+"""A salt, and the tokens of one page."""
+PUBLIC = None
+"""The salt of declared text."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,19 +32,20 @@ class Node:
     """A run of pages below one parent.
 
     Attributes:
-        salt: The tenant's namespace.
+        salt: The tenant's namespace, or `PUBLIC`.
         parent: None for a root, which has no pages.
         tokens: Tokens of the run, ``len(pages) * page_size`` of them.
         pages: Page numbers, owned by the tree.
         num_ready: Pages from the front whose K/V is there for any chunk scheduled from now on.
         owner: The request that computes the rest; None when all are ready.
-        children: By the tokens of their first page.
+        children: By their salt, and the tokens of their first page.
         lock_count: Live requests whose path goes through here; the node stays while it is not 0.
+        num_users: Requests whose path went through here, without those that were cancelled.
         last_access: Logical time of the last use.
         queued: Whether the node has an entry in the eviction heap.
     """
 
-    salt: str
+    salt: str | None
     parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -47,6 +53,7 @@ class Node:
     owner: str | None = None
     children: dict[PageKey, Node] = field(default_factory=dict)
     lock_count: int = 0
+    num_users: int = 0
     last_access: int = 0
     queued: bool = False
 
@@ -91,20 +98,29 @@ class RadixTree:
         self.num_pages = 0
         self.num_evictable = 0
         self._eviction_value = eviction_value
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[str | None, Node] = {}
         self._clock = 0
         self._heap: list[tuple[float, int, Node]] = []
         self._num_queued = 0  # breaks ties in the heap
 
     # -- finding and holding ---------------------------------------------------------------------------------
 
-    def match_prefix(self, tokens: list[int], salt: str, max_pages: int) -> Match:
-        """Find the longest prefix of at most `max_pages` full pages, pending ones included."""
-        node, num_in_node = self._roots.get(salt) or Node(salt), 0
+    def match_prefix(self, tokens: list[int], salt: str, max_pages: int, num_public: int = 0) -> Match:
+        """Find the longest prefix of at most `max_pages` full pages, pending ones included.
+
+        Args:
+            tokens: Of the prompt.
+            salt: Whose.
+            max_pages: See above.
+            num_public: Pages from the front that are declared text: as many as there are.
+        """
+        root = PUBLIC if num_public else salt
+        node, num_in_node = self._roots.get(root) or Node(root), 0
         pages: list[int] = []
         limit = min(max_pages, len(tokens) // self.page_size)
         while len(pages) < limit and num_in_node == len(node.pages):
-            child = node.children.get(self._key(tokens, len(pages)))
+            at = PUBLIC if len(pages) < num_public else salt
+            child = node.children.get(self._key(at, tokens, len(pages)))
             if child is None:
                 break
             num_in_node = self._common_pages(child, tokens, len(pages), limit)
@@ -122,6 +138,7 @@ class RadixTree:
             if ancestor.lock_count == 0:
                 self.num_evictable -= len(ancestor.pages)
             ancestor.lock_count += 1
+            ancestor.num_users += 1
             if ancestor.parent is None:
                 self._roots.setdefault(ancestor.salt, ancestor)
         self.touch(node)
@@ -132,6 +149,11 @@ class RadixTree:
         self._clock += 1
         for ancestor in self.path(node):
             ancestor.last_access = self._clock
+
+    def forget(self, node: Node) -> None:
+        """Take back that the caller has used the path, which it still holds."""
+        for ancestor in self.path(node):
+            ancestor.num_users -= 1
 
     def unlock(self, node: Node) -> None:
         """Let go of a path."""
@@ -145,15 +167,15 @@ class RadixTree:
 
     # -- growing ---------------------------------------------------------------------------------------------
 
-    def insert_pending(self, node: Node, tokens: list[int], pages: list[int], owner: str) -> Node:
+    def insert_pending(self, node: Node, salt: str | None, tokens: list[int], pages: list[int], owner: str) -> Node:
         """Add pages that `owner`, who has locked `node`, is about to compute; its lock moves to the result.
 
         Nothing is added (and `node` returned) when `pages` is empty or its first page is already there: the
         owner then keeps them to itself.
         """
-        if not pages or self._key(tokens, 0) in node.children:
+        if not pages or self._key(salt, tokens, 0) in node.children:
             return node
-        child = self._add_child(node, tokens, pages, num_ready=0)
+        child = self._add_child(node, salt, tokens, pages, num_ready=0)
         child.owner, child.lock_count, child.last_access = owner, 1, node.last_access
         return child
 
@@ -166,31 +188,37 @@ class RadixTree:
         if num_ready == len(node.pages):
             node.owner = None
 
-    def insert(self, node: Node, tokens: list[int], pages: list[int]) -> list[int]:
+    def insert(self, node: Node, salt: str, tokens: list[int], pages: list[int], num_public: int = 0) -> list[int]:
         """Add computed pages below `node`; returns those the tree has no use for, which stay the caller's.
 
         These are duplicates of pages that it holds, and all pages behind one that another request is
-        computing.
+        computing. The first `num_public` pages are declared text.
         """
         unused: list[int] = []
-        while len(unused) < len(pages):
-            child = node.children.get(self._key(tokens, len(unused)))
+        done = 0
+        while done < len(pages):
+            at, stop = (PUBLIC, min(num_public, len(pages))) if done < num_public else (salt, len(pages))
+            child = node.children.get(self._key(at, tokens, done))
             if child is None:
-                leaf = self._add_child(node, tokens[len(unused) * self.page_size :], pages[len(unused) :])
-                self.num_evictable += len(leaf.pages)
-                self.touch(leaf)
-                self._settle(leaf)
-                break
-            common = self._common_pages(child, tokens, len(unused), len(pages))
-            if common > child.num_ready:
-                return pages
-            unused += pages[len(unused) : len(unused) + common]
-            if common < len(child.pages) and len(unused) < len(pages):
-                child = self._split(child, common)
+                run = tokens[done * self.page_size : stop * self.page_size]
+                child = self._add_child(node, at, run, pages[done:stop])
+                self.num_evictable += len(child.pages)
+                self.touch(child)
+                done = stop
+            else:
+                common = self._common_pages(child, tokens, done, stop)
+                if common > child.num_ready:
+                    return unused + pages[done:]
+                unused += pages[done : done + common]
+                done += common
+                if common < len(child.pages):
+                    child = self._split(child, common)
+                child.num_users += 1
             node = child
+        self._settle(node)
         return unused
 
-    def root(self, salt: str) -> Node:
+    def root(self, salt: str | None) -> Node:
         """The root of a namespace, made if need be."""
         return self._roots.setdefault(salt, Node(salt))
 
@@ -208,21 +236,27 @@ class RadixTree:
         assert node.parent is not None
         return node.parent, pages
 
-    def drop_unshared(self, node: Node, num_pages: int, since: int) -> tuple[Node, list[int]]:
-        """Take out the end of a path that the caller has locked, as far as nobody else has used it.
+    def drop_unused(self, node: Node, num_kept: int) -> tuple[Node, list[int]]:
+        """Take out the end of a path that the caller has locked and forgotten, as far as nobody else has used it.
 
         Args:
             node: End of the path, nothing pending.
-            num_pages: Pages that may go, counted from the end of the path; a node boundary.
-            since: Logical time (`Node.last_access`) after which a use was somebody else's.
+            num_kept: Pages from the front of the path that stay in any case.
 
         Returns:
             What the caller still holds, and the pages.
         """
         dropped: list[int] = []
-        while len(dropped) < num_pages and node.lock_count == 1 and not node.children and node.last_access <= since:
-            assert node.parent is not None
-            dropped += self._cut(node, 0)
+        start = sum(len(ancestor.pages) for ancestor in self.path(node))
+        while node.lock_count == 1 and not node.children and not node.num_users:
+            start -= len(node.pages)
+            stays = max(0, num_kept - start)
+            if stays >= len(node.pages):
+                break
+            dropped += self._cut(node, stays)
+            if stays:
+                break
+            assert node.parent is not None, "a root has no pages to drop"
             node = node.parent
         return node, dropped
 
@@ -254,7 +288,7 @@ class RadixTree:
             at = at.parent
 
     @property
-    def salts(self) -> set[str]:
+    def salts(self) -> set[str | None]:
         """Namespaces that hold a page or a lock."""
         return set(self._roots)
 
@@ -268,8 +302,8 @@ class RadixTree:
 
     # -- parts -----------------------------------------------------------------------------------------------
 
-    def _key(self, tokens: list[int], i_page: int) -> PageKey:
-        return tuple(tokens[i_page * self.page_size : (i_page + 1) * self.page_size])
+    def _key(self, salt: str | None, tokens: list[int], i_page: int) -> PageKey:
+        return (salt, *tokens[i_page * self.page_size : (i_page + 1) * self.page_size])
 
     def _common_pages(self, child: Node, tokens: list[int], start: int, limit: int) -> int:
         """How many pages of `child` equal those of `tokens` from page `start` on; the first is known to.
@@ -290,10 +324,13 @@ class RadixTree:
                 most = mid - 1
         return same
 
-    def _add_child(self, node: Node, tokens: list[int], pages: list[int], num_ready: int | None = None) -> Node:
+    def _add_child(
+        self, node: Node, salt: str | None, tokens: list[int], pages: list[int], num_ready: int | None = None
+    ) -> Node:
         assert len(tokens) == len(pages) * self.page_size, f"{len(tokens)} tokens for {len(pages)} pages"
-        child = Node(node.salt, node, tokens, pages, len(pages) if num_ready is None else num_ready)
-        node.children[self._key(tokens, 0)] = child
+        assert node.salt in (PUBLIC, salt), f"a node of {salt!r} below one of {node.salt!r}"
+        child = Node(salt, node, tokens, pages, len(pages) if num_ready is None else num_ready, num_users=1)
+        node.children[self._key(salt, tokens, 0)] = child
         self.num_pages += len(pages)
         return child
 
@@ -309,12 +346,13 @@ class RadixTree:
             node.pages[:num_pages],
             num_pages,
             lock_count=node.lock_count,
+            num_users=node.num_users,
         )
         upper.last_access = node.last_access
-        parent.children[self._key(node.tokens, 0)] = upper
+        parent.children[self._key(node.salt, node.tokens, 0)] = upper
         node.parent, node.num_ready = upper, node.num_ready - num_pages
         del node.tokens[:cut], node.pages[:num_pages]
-        upper.children[self._key(node.tokens, 0)] = node
+        upper.children[self._key(node.salt, node.tokens, 0)] = node
         return upper
 
     def _cut(self, node: Node, num_pages: int) -> list[int]:
@@ -323,7 +361,7 @@ class RadixTree:
         self.num_pages -= len(pages)
         if num_pages == 0:
             assert node.parent is not None, "a root has no pages to cut"
-            del node.parent.children[self._key(node.tokens, 0)]
+            del node.parent.children[self._key(node.salt, node.tokens, 0)]
             self._settle(node.parent)
         del node.pages[num_pages:], node.tokens[num_pages * self.page_size :]
         node.num_ready = min(node.num_ready, num_pages)

@@ -93,6 +93,13 @@ class CallNode:
     error: MacawError | None = None
 
 
+class Slack(NamedTuple):
+    """A target's deadline, from the program's start, and what its longest path of calls takes at least from now."""
+
+    deadline_ms: float
+    needed_ms: float
+
+
 class Program:
     """One application run.
 
@@ -367,11 +374,25 @@ class Program:
     # --------------------------------------------------------------------------------------------------------
     # What others ask
 
-    def deadline_ms(self) -> float | None:
-        """The earliest deadline of a target that has no outcome yet."""
-        targets = () if self.ended else self._graph.targets
-        deadlines = (t.deadline_ms for t in targets if t.variable in self._unsettled)
-        return min((d for d in deadlines if d is not None), default=None)
+    def slack(self, least_ms: Callable[[CallNode], float]) -> Slack | None:
+        """How the target whose deadline leaves least time stands; None where no open target has a deadline.
+
+        Args:
+            least_ms: What an unfinished call takes at least, from now.
+        """
+        targets = [t for t in self._graph.targets if t.variable in self._unsettled and t.deadline_ms is not None]
+        if self.ended or not targets:
+            return None
+        needed: dict[str, float] = {}
+        for call_id in self._unfinished:
+            before = max((needed.get(feeder, 0.0) for feeder in self._graph.feeders_of(call_id)), default=0.0)
+            needed[call_id] = before + least_ms(self.calls[call_id])
+        slacks = (
+            Slack(t.deadline_ms, max((needed.get(id_, 0.0) for id_ in self._graph.feeders[t.variable]), default=0.0))
+            for t in targets
+            if t.deadline_ms is not None
+        )
+        return min(slacks, key=lambda slack: slack.deadline_ms - slack.needed_ms)
 
     def state(self, now_ms: float) -> ProgramState:
         """The whole state. Of the values that the client sent along only targets are repeated."""

@@ -142,16 +142,17 @@ class Scheduler:
             self._queue_of(sequence).push(sequence)
         return sequence
 
-    def abort(self, request_id: str, *, keep_pages: bool = True) -> None:
-        """Forget a request; unknown and finished ids are nothing to do.
+    def abort(self, *request_ids: str, keep_pages: bool = True) -> None:
+        """Forget requests; unknown and finished ids are nothing to do.
 
         Args:
-            request_id: Whose.
-            keep_pages: Leave what it has computed in the cache, as when it finishes. False frees at once all
+            request_ids: Whose.
+            keep_pages: Leave what they have computed in the cache, as when they finish. False frees at once all
                 pages that nobody else has used.
         """
-        if sequence := self._sequences.get(request_id):
-            self._retire(sequence, keep_pages=keep_pages)
+        found = [self._sequences[id_] for id_ in dict.fromkeys(request_ids) if id_ in self._sequences]
+        for sequence in sorted(found, key=lambda sequence: sequence.status is SequenceStatus.RUNNING):
+            self._retire(sequence, keep_pages=keep_pages)  # who waits for pages of another one goes before it
 
     def schedule(self, now_s: float) -> ScheduledBatch:
         """Decide what runs in the next step, which the caller then does, and reports by `update`.
@@ -568,7 +569,11 @@ class Scheduler:
         del self._sequences[sequence.request_id]
 
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:
-        self.kv_cache.release(sequence.pages, sequence.token_ids, insert_into_tree=keep)
+        followers = self._followers.get(sequence.request_id, ())
+        wanted = [num_pages for num_pages, _, other in followers if other.status is SequenceStatus.BLOCKED]
+        self.kv_cache.release(
+            sequence.pages, sequence.token_ids, insert_into_tree=keep, num_wanted=max(wanted, default=0)
+        )
         sequence.allocation = None
         del (self._ahead.running if sequence.is_ahead else self._running)[sequence.request_id]
         self._wake_followers(sequence)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from macaw.errors import InternalServerError, MacawError, error_from_wire
 from macaw.protocol import ChatCompletionRequest, CompletionRequest
-from macaw_server.engine.types import CallHints, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from macaw_server.engine.types import CallHints, Engine, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from macaw_server.programs.detokenizer import Detokenizer
 from macaw_server.service.completions import Answer, ResponseFormat, TokenReport, usage_object
 from macaw_server.service.prompts import Prepared
@@ -106,7 +106,7 @@ class CallRunner:
 
     def start(self) -> None:
         """Submit one engine request per choice; choice ``i`` has the ``i``-th seed after the first one's."""
-        seed, engine = base_seed(self._request), self._prepared.model.engine
+        seed, engine = base_seed(self._request), self.engine
         for choice in self._choices:
             sampling = sampling_params(
                 self._request,
@@ -121,12 +121,20 @@ class CallRunner:
             )
             engine.submit(request, self._guarded(partial(self._on_output, choice)))
 
-    def abort(self) -> None:
-        """Stop what is still running; the observer hears nothing more."""
+    @property
+    def engine(self) -> Engine:
+        """Where it runs."""
+        return self._prepared.model.engine
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer that is least far."""
+        return min(choice.num_tokens for choice in self._choices)
+
+    def end(self) -> list[str]:
+        """The observer hears nothing more; returns the engine's requests that are still running."""
         self._over = True
-        for choice in self._choices:
-            if choice.finish_reason is None:
-                self._prepared.model.engine.abort(choice.request_id)
+        return [choice.request_id for choice in self._choices if choice.finish_reason is None]
 
     def _guarded(self, on_output: Callable[[EngineOutput], None]) -> Callable[[EngineOutput], None]:
         """A bug on our side fails this call and nothing else."""
@@ -160,7 +168,7 @@ class CallRunner:
         delta, stopped_by = choice.detokenizer.add(token_ids)
         num_used = choice.detokenizer.num_tokens - before
         if stopped_by is not None:
-            self._prepared.model.engine.abort(choice.request_id)
+            self.engine.abort([choice.request_id], keep_pages=True)
             choice.num_tokens -= len(output.token_ids) - num_used
         elif output.finish_reason is not None:
             delta += choice.detokenizer.flush()
@@ -222,5 +230,14 @@ class CallRunner:
         self._observer.call_completed(self._call_id, self._format.completion(answers, usage), answers[0].text)
 
     def _fail(self, error: MacawError) -> None:
-        self.abort()
+        self.engine.abort(self.end())
         self._observer.call_failed(self._call_id, error)
+
+
+def abort_all(runners: Iterable[CallRunner]) -> None:
+    """Cancel calls: one message to each engine, so that it frees everything before its next step."""
+    requests: dict[Engine, list[str]] = {}
+    for runner in runners:
+        requests.setdefault(runner.engine, []).extend(runner.end())
+    for engine, request_ids in requests.items():
+        engine.abort(request_ids)

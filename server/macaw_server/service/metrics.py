@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from macaw.protocol import CallCompleted, CallFailed, CallStarted, Event, ProgramCompleted, ProgramFailed
+from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.types import EngineStats
 from macaw_server.service.types import ServedModel
 
@@ -98,6 +99,8 @@ class Metrics:
             try:
                 async with asyncio.timeout(_STATS_TIMEOUT_S):
                     self._engines.stats[model.name] = await model.engine.stats()
+                    if isinstance(model.engine, EngineGroup):
+                        self._engines.members[model.name] = await model.engine.member_stats()
             except TimeoutError:
                 continue
 
@@ -110,6 +113,7 @@ class _EngineCollector(Collector):
 
     def __init__(self) -> None:
         self.stats: dict[str, EngineStats] = {}
+        self.members: dict[str, list[EngineStats]] = {}
         self.working: dict[str, bool] = {}
 
     def collect(self) -> Iterator[Metric]:
@@ -130,3 +134,15 @@ class _EngineCollector(Collector):
                 for model, stats in self.stats.items():
                     family.add_metric([model], getattr(stats, field))
                 yield family
+                if self.members:
+                    yield self._of_members(kind, name, field, text)
+
+    def _of_members(
+        self, kind: type[CounterMetricFamily] | type[GaugeMetricFamily], name: str, field: str, text: str
+    ) -> Metric:
+        """The same for each engine of a group."""
+        family = kind(f"macaw_member_{name}", text, labels=["model", "engine"])
+        for model, members in self.members.items():
+            for i, stats in enumerate(members):
+                family.add_metric([model, str(i)], getattr(stats, field))
+        return family

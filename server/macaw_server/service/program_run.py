@@ -17,6 +17,7 @@ from macaw.protocol import (
     CallCompleted,
     CallDelta,
     CallFailed,
+    CallStarted,
     ChatCompletionRequest,
     Event,
     Hints,
@@ -26,10 +27,12 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import CallClass, CallHints
 from macaw_server.programs.program import CallNode, Program
+from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService, ProgramAhead
-from macaw_server.service.call_runner import CallRunner
+from macaw_server.service.call_runner import CallRunner, abort_all
 from macaw_server.service.completions import ResponseFormat
 from macaw_server.service.metrics import Metrics
+from macaw_server.service.pace import Pace
 from macaw_server.service.prompts import Prepared, PromptPreparer
 from macaw_server.service.types import ServiceConfig, Tenant
 
@@ -44,6 +47,8 @@ class Surroundings:
     preparer: PromptPreparer
     metrics: Metrics
     ahead: AheadService
+    admission: Admission
+    pace: Pace
     on_end: Callable[[ProgramRun], None]
 
 
@@ -60,7 +65,6 @@ class ProgramRun:
     Attributes:
         started_s: Monotonic seconds; all times in the program count from here.
         values: Variables that have a value.
-        num_live_calls: Unfinished calls; a call with `n` choices counts `n` times.
     """
 
     def __init__(
@@ -75,7 +79,6 @@ class ProgramRun:
         self.tenant = tenant
         self.started_s = time.monotonic()
         self.values: dict[str, str] = {}
-        self.num_live_calls = sum(map(weight, program.request.calls))
         self._surroundings = surroundings
         self._prepared = prepared
         self._hints = hints
@@ -117,7 +120,6 @@ class ProgramRun:
         """Add to the program. Raises `InvalidProgramError`, and then nothing has changed."""
         events = self.program.grow(growth, self._now_ms())
         self._prepared |= prepared
-        self.num_live_calls += sum(map(weight, growth.calls))
         if events:
             self._apply(events)
         else:
@@ -194,19 +196,24 @@ class ProgramRun:
         """Follow up on what has happened, and wake everybody who waits for it."""
         if not events:
             return
+        failed = []
         for event in events:
             self._surroundings.metrics.observe(event)
             match event:
                 case VariableResolved(variable=name, value=value):
                     self.values[name] = value
+                case CallStarted(call_id=call_id, queue_ms=queue_ms):
+                    self._surroundings.pace.started(self.tenant.id, self.program.calls[call_id].call_class, queue_ms)
                 case CallCompleted(call_id=call_id):
                     self._observe_prefill(self.program.calls[call_id])
-                    self.num_live_calls -= weight(self.program.calls[call_id].call)
+                    self._surroundings.admission.end(self.tenant, weight(self.program.calls[call_id].call))
+                    self._surroundings.pace.completed(event)
                     self._runners.pop(call_id, None)
                 case CallFailed(call_id=call_id):
-                    self.num_live_calls -= weight(self.program.calls[call_id].call)
+                    self._surroundings.admission.end(self.tenant, weight(self.program.calls[call_id].call))
                     if (runner := self._runners.pop(call_id, None)) is not None:
-                        runner.abort()
+                        failed.append(runner)
+        abort_all(failed)
         if not all(isinstance(event, CallDelta) for event in events):
             self._advance()
             if self._ahead is not None:
@@ -232,11 +239,9 @@ class ProgramRun:
             task = self._loop.create_task(self._start_call(node))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        if (deadline_ms := self.program.deadline_ms()) is not None:
-            self._call_at(deadline_ms / 1000, self._on_deadline, deadline_ms)
+        self._watch_deadline()
         if not self.program.running_calls():
-            idle_s = self._surroundings.config.idle_s
-            self._call_at(self._now_ms() / 1000 + idle_s, self._on_idle, idle_s)
+            self._call_at(self._now_ms() + self._surroundings.config.idle_s * 1000, self._on_idle)
 
     def _look_ahead(self) -> None:
         if self._ahead is not None and not self.program.ended:
@@ -293,10 +298,44 @@ class ProgramRun:
 
     def _call_hints(self, node: CallNode) -> CallHints:
         """What the graph says, or the client where there is none. Apps are told apart by tenant."""
-        hints = self.program.hints(node, started_s=self.started_s, tenant=self.tenant.id)
+        hints = self.program.hints(
+            node, started_s=self.started_s, tenant=self.tenant.id, tenant_weight=self.tenant.weight
+        )
         return hints if self._hints is None else _overridden(hints, self._hints, self.tenant)
 
-    def _on_deadline(self, deadline_ms: float) -> None:
+    def least_ms(self, node: CallNode) -> float:
+        """What is left of an unfinished call at least."""
+        runner = self._runners.get(node.call.id)
+        model = node.call.request.model or self.program.request.model or ""
+        return self._surroundings.pace.call_ms(
+            node.call.request,
+            model,
+            begun=node.status == "running",
+            num_done=0 if runner is None else runner.num_tokens,
+        )
+
+    def _watch_deadline(self) -> None:
+        """Look again when there is just time enough for what remains: whatever is done until then moves that on."""
+        if (slack := self.program.slack(self.least_ms)) is not None:
+            self._call_at(slack.deadline_ms - slack.needed_ms, self._on_slack_gone)
+
+    def _on_slack_gone(self) -> None:
+        slack = self.program.slack(self.least_ms)
+        if slack is None:
+            return
+        deadline_ms, needed_ms = slack
+        left_ms = deadline_ms - self._now_ms()
+        if left_ms > max(0.0, needed_ms):
+            self._watch_deadline()
+            return
+        if left_ms > 0:
+            self.cancel(
+                DeadlineExceededError(
+                    f"The deadline of {deadline_ms:g} ms cannot be met: {left_ms:.1f} ms are left, and what remains "
+                    f"takes at least {needed_ms:.1f} ms on an empty machine. Allow more time, or ask for less."
+                )
+            )
+            return
         unfinished = ", ".join(self.program.running_calls()) or "none; a variable is not set"
         self.cancel(
             DeadlineExceededError(
@@ -305,7 +344,8 @@ class ProgramRun:
             )
         )
 
-    def _on_idle(self, idle_s: float) -> None:
+    def _on_idle(self) -> None:
+        idle_s = self._surroundings.config.idle_s
         self.cancel(
             DeadlineExceededError(
                 f"The program waited {idle_s:g} s for its client to set a variable, to grow it or to close "
@@ -313,9 +353,8 @@ class ProgramRun:
             )
         )
 
-    def _call_at(self, since_start_s: float, callback: Callable[[float], None], argument: float) -> None:
-        delay_s = self.started_s + since_start_s - time.monotonic()
-        self._timers.append(self._loop.call_later(max(0.0, delay_s), callback, argument))
+    def _call_at(self, at_ms: float, callback: Callable[[], None]) -> None:
+        self._timers.append(self._loop.call_later(max(0.0, at_ms - self._now_ms()) / 1000, callback))
 
     def _now_ms(self) -> float:
         return (time.monotonic() - self.started_s) * 1000

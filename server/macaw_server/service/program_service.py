@@ -5,31 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import math
 import secrets
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from macaw.errors import (
     CancelledError,
-    InvalidProgramError,
+    DeadlineExceededError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
 )
 from macaw.protocol import Call, Hints, ProgramGrowth, ProgramRequest, Variable
 from macaw_server.programs.program import Program
+from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.models import ModelRegistry
+from macaw_server.service.pace import Pace
 from macaw_server.service.program_run import ProgramRun, Surroundings, weight
 from macaw_server.service.prompts import PromptPreparer
 from macaw_server.service.tenants import Tenants
 from macaw_server.service.types import ServedModel, ServiceConfig, Tenant
-
-_RATE_WINDOW_S = 60.0
 
 
 class _Keyed(NamedTuple):
@@ -65,23 +63,30 @@ class ProgramService:
     ) -> None:
         self.config = config or ServiceConfig()
         self.models = ModelRegistry(models)
-        self.tenants = Tenants(self.config.api_keys, secret)
+        self.tenants = Tenants(self.config.api_keys, self.config.tenants, secret)
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
+        self._admission = Admission(self.config.max_live_calls, shared=len(self.tenants) > 1)
+        self._pace = Pace()
         self._surroundings = Surroundings(
-            self.config, PromptPreparer(self.models), self.metrics, AheadService(self.models), self._on_end
+            self.config,
+            PromptPreparer(self.models),
+            self.metrics,
+            AheadService(self.models),
+            self._admission,
+            self._pace,
+            self._on_end,
         )
         self._live: dict[str, ProgramRun] = {}
         self._kept: dict[str, tuple[ProgramRun, float]] = {}  # finished, and when; oldest first
         self._keyed: dict[tuple[str, str], _Keyed] = {}
         self._num_kept_events = 0
-        self._ends: deque[tuple[float, int]] = deque(maxlen=1024)  # when programs ended, and their number of calls
         self._all_ended = asyncio.Event()
         self._draining = False
 
     @property
     def num_live_calls(self) -> int:
         """Unfinished calls of all programs; one with `n` choices counts `n` times."""
-        return sum(run.num_live_calls for run in self._live.values())
+        return self._admission.num_live
 
     @property
     def draining(self) -> bool:
@@ -100,6 +105,7 @@ class ProgramService:
         Raises:
             RequestError: Something is wrong with it; nothing has started.
             OverloadedError: Too many calls are live, or the server is about to end.
+            DeadlineExceededError: Its deadline cannot be met.
             EngineFailedError: The model's engine is gone.
         """
         self._forget_old()
@@ -125,12 +131,11 @@ class ProgramService:
 
     async def grow(self, run: ProgramRun, growth: ProgramGrowth) -> None:
         """Add to a program: all of it, or nothing and an error."""
-        self._check_capacity(growth.calls)
         values = run.values | _declared(growth.variables)
         model = run.program.request.model
-        prepared = await self._surroundings.preparer.prepare_known(growth.calls, values, model, plain=False)
-        self._check_capacity(growth.calls)  # once more: others may have come meanwhile
-        run.grow(growth, prepared)
+        with self._admitted(run.tenant, growth.calls):
+            prepared = await self._surroundings.preparer.prepare_known(growth.calls, values, model, plain=False)
+            run.grow(growth, prepared)
 
     def get(self, tenant: Tenant, program_id: str) -> ProgramRun:
         """A live or finished program.
@@ -172,10 +177,18 @@ class ProgramService:
         self._surroundings.preparer.close()
         self._surroundings.ahead.close()
 
-    async def _create(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
-        plain = hints is not None
+    def check_room(self, tenant: Tenant) -> None:
+        """Whether one more call would be taken, asked before a body is read; raises `OverloadedError`."""
         self._check_draining()
-        self._check_capacity(request.calls)
+        self._admission.check(tenant, 1)
+
+    async def _create(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
+        self._check_draining()
+        with self._admitted(tenant, request.calls):
+            return await self._start(tenant, request, hints)
+
+    async def _start(self, tenant: Tenant, request: ProgramRequest, hints: Hints | None) -> ProgramRun:
+        plain = hints is not None
         if request.model is not None or len(self.models) == 1:
             request = request.model_copy(update={"model": self.models.find(request.model).name})
         program = Program(f"prog-{secrets.token_hex(16)}", request, plain=plain)
@@ -183,8 +196,8 @@ class ProgramService:
             request.calls, _declared(request.variables), request.model, plain=plain
         )
         self._check_draining()
-        self._check_capacity(request.calls)
         run = ProgramRun(program, tenant, self._surroundings, prepared, hints)
+        self._check_deadline(run)
         self._live[run.id] = run
         run.start()
         return run
@@ -197,36 +210,35 @@ class ProgramService:
                 retry_after_s=5.0,
             )
 
-    def _check_capacity(self, new: Sequence[Call]) -> None:
-        limit, live, num_new = self.config.max_live_calls, self.num_live_calls, sum(map(weight, new))
-        if num_new > limit:
-            raise InvalidProgramError(
-                f"{num_new:,} calls at once are over this server's limit of {limit:,}. Send fewer, and grow "
-                "an open program as they complete.",
-                param="calls",
-            )
-        if live + num_new > limit:
-            raise OverloadedError(
-                f"{live:,} calls are waiting or running; with {num_new:,} more they would be over the limit "
-                f"of {limit:,}. Try again after the time in Retry-After.",
-                retry_after_s=self._seconds_until_free(live + num_new - limit),
-            )
+    @contextlib.contextmanager
+    def _admitted(self, tenant: Tenant, new: Sequence[Call]) -> Iterator[None]:
+        """Count calls as live from now on, unless what is done within fails."""
+        num_new = sum(map(weight, new))
+        self._admission.begin(tenant, num_new)
+        try:
+            yield
+        except BaseException:
+            self._admission.end(tenant, num_new, served=False)
+            raise
 
-    def _seconds_until_free(self, num_calls: int) -> float:
-        """How long so many calls take at the rate of the last minute; a minute where none has ended."""
-        since = time.monotonic() - _RATE_WINDOW_S
-        while self._ends and self._ends[0][0] < since:
-            self._ends.popleft()
-        if not self._ends:
-            return _RATE_WINDOW_S
-        per_second = sum(calls for _, calls in self._ends) / (time.monotonic() - self._ends[0][0] + 1.0)
-        return min(600.0, max(1.0, math.ceil(num_calls / per_second)))
+    def _check_deadline(self, run: ProgramRun) -> None:
+        """Refuse a program that cannot be done in time, however lucky it is."""
+        slack = run.program.slack(run.least_ms)
+        if slack is None:
+            return
+        classes = {node.call_class for node in run.program.calls.values() if node.status == "ready"}
+        queue_ms = min((self._pace.queue_ms(run.tenant.id, call_class) for call_class in classes), default=0.0)
+        if queue_ms + slack.needed_ms > slack.deadline_ms:
+            raise DeadlineExceededError(
+                f"The deadline of {slack.deadline_ms:g} ms cannot be met: at the pace that was measured it takes at "
+                f"least {queue_ms + slack.needed_ms:.1f} ms, {queue_ms:.1f} of them in the queue. Allow more time, or "
+                "ask for less."
+            )
 
     def _on_end(self, run: ProgramRun) -> None:
         del self._live[run.id]
         if not self._live:
             self._all_ended.set()
-        self._ends.append((time.monotonic(), sum(weight(node.call) for node in run.program.calls.values())))
         if not run.is_plain:
             self._kept[run.id] = run, time.monotonic()
             self._num_kept_events += len(run.program.events)

@@ -9,12 +9,21 @@ from macaw_server.engine.types import Engine
 from macaw_server.programs.rendering import Tokenizer
 
 
+class NamedTenant(NamedTuple):
+    """A tenant as the operator declares it; any of its keys is as good as another."""
+
+    name: str
+    keys: tuple[str, ...]
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
     """Limits of the service.
 
     Attributes:
-        api_keys: Accepted keys, one tenant each; none: everybody is the same, anonymous tenant.
+        api_keys: Accepted keys, one tenant each.
+        tenants: Tenants with names, keys and weights. Without these and keys everybody is one, anonymous tenant.
         max_body_bytes: Largest request body.
         max_live_calls: Calls of unfinished programs, with `n` choices counted as `n`; more are refused with
             `overloaded`.
@@ -28,6 +37,7 @@ class ServiceConfig:
     """
 
     api_keys: tuple[str, ...] = ()
+    tenants: tuple[NamedTenant, ...] = ()
     max_body_bytes: int = 32 * 2**20
     max_live_calls: int = 4096
     max_kept_programs: int = 256
@@ -50,7 +60,14 @@ class ServedModel:
 
 
 class Tenant(NamedTuple):
-    """Whose request it is. `salt` is the tenant's KV cache namespace; neither field reveals the key."""
+    """Whose request it is. No field reveals the key.
+
+    Attributes:
+        id: Its name, where it has one.
+        salt: Its KV cache namespace.
+        weight: Its share of engine and queue relative to other tenants that have work.
+    """
 
     id: str
     salt: str
+    weight: float = 1.0

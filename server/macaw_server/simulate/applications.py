@@ -207,8 +207,8 @@ class Applications:
     def _create(self, run: _Run, program_id: str, request: ProgramRequest, now_s: float) -> None:
         program = Program(program_id, request)
         run.programs[program_id], run.created_s[program_id] = program, now_s
-        if (deadline_ms := program.deadline_ms()) is not None:
-            self._surroundings.call_at(now_s + deadline_ms / 1000, partial(self._on_deadline, run, program))
+        if (slack := program.slack(lambda _: 0.0)) is not None:
+            self._surroundings.call_at(now_s + slack.deadline_ms / 1000, partial(self._on_deadline, run, program))
         self._follow_up(run, program, now_s)
 
     def _on_deadline(self, run: _Run, program: Program, now_s: float) -> None:

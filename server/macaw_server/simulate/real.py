@@ -71,7 +71,7 @@ class RealRun:
 
     def abort(self, request_id: str) -> None:
         """Forget a request."""
-        self._core.abort(request_id)
+        self._core.abort([request_id], keep_pages=False)
         self._outputs.pop(request_id, None)
 
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:

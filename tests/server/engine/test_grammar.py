@@ -386,7 +386,7 @@ def test_an_abort_forgets_the_request(core: EngineCore) -> None:
         assert core.add(EngineRequest("r", PROMPT, params(OBJECT))) is None
         for _ in range(steps):
             core.step()
-        core.abort("r")
+        core.abort(["r"], keep_pages=False)
         assert not core.has_work
     assert answer(core, params(REGEX("yes"))) == ("yes", "stop")
 

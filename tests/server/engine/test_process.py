@@ -86,9 +86,9 @@ async def test_abort_frees_everything_and_silences_the_request() -> None:
     async with running(EngineProcess(CONFIG)) as collector:
         collector.submit(REQUESTS[0])
         await collector.some_output()
-        collector.engine.abort("greedy")
+        collector.engine.abort(["greedy"])
         seen = len(collector.outputs["greedy"])
-        collector.engine.abort("never there")
+        collector.engine.abort(["never there"])
         collector.submit(EngineRequest("next", [3], SamplingParams(max_tokens=30)))
         await collector.end("next")
         assert len(collector.outputs["greedy"]) == seen

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from macaw_server.kvcache import KVCache
+from macaw_server.kvcache.radix_tree import PUBLIC
 
 
-def prefix_hashes(salt: str, tokens: Iterable[int]) -> list[int]:
-    """For each position a number that stands for the salt and all tokens up to there."""
-    state, hashes = hash(("root", salt)), []
-    for token in tokens:
+def prefix_hashes(salt: str | None, tokens: Iterable[int], num_public: int = 0) -> list[int]:
+    """For each position a number that stands for the salt and all tokens up to there; of the first ones without it."""
+    state, hashes = hash(("root", PUBLIC if num_public else salt)), []
+    for i, token in enumerate(tokens):
+        if num_public and i == num_public:
+            state = hash((state, "salt", salt))
         state = hash((state, token))
         hashes.append(state)
     return hashes
@@ -56,7 +59,8 @@ class KVMemory:
         size = self.cache.page_size
         for node in self.cache.tree.nodes():
             path = list(self.cache.tree.path(node))[::-1]
-            hashes = prefix_hashes(node.salt, [token for part in path for token in part.tokens])
+            num_public = sum(len(part.tokens) for part in path if part.salt is PUBLIC)
+            hashes = prefix_hashes(node.salt, [token for part in path for token in part.tokens], num_public)
             ends = hashes[size - 1 :: size][-len(node.pages) :] if node.pages else []
             for i, (end, page) in enumerate(zip(ends, node.pages, strict=True)):
                 yield i < node.num_ready, end, page

@@ -1,3 +1,6 @@
+from itertools import takewhile
+from operator import eq
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -81,7 +84,7 @@ def test_an_owner_that_leaves_takes_its_pending_pages_along(keep):
     owner = cache.admit("a", [1, 2, 3, 4, 5, 6, 7])
     cache.mark_computed(owner, 3)
     assert cache.admit("b", [1, 2, 3, 4, 5, 6, 7]) == Blocked("a", 3)
-    cache.release(owner, [1, 2, 3, 4, 5, 6, 7], insert_into_tree=keep)
+    cache.release(owner, [1, 2, 3, 4, 5, 6, 7], insert_into_tree=keep, num_wanted=3)
     cache.check()
     heir = cache.admit("b", [1, 2, 3, 4, 5, 6, 7])
     assert heir.num_cached == 2, "what was ready and is waited for is not computed again"
@@ -124,26 +127,87 @@ def test_a_cached_prefix_is_not_counted_as_room_for_the_rest():
     assert cache.extend(fits) is False
 
 
+PUBLIC_TEXT = [5, 5, 6, 6, 7]
+
+
+def cached(cache, tokens, salt):
+    """How many tokens a request of this tenant would find."""
+    allocation = cache.admit("probe", tokens, salt)
+    cache.release(allocation, tokens, insert_into_tree=False)
+    return allocation.num_cached
+
+
+def test_declared_text_is_found_by_every_tenant_and_nothing_behind_it():
+    cache = KVCache(num_pages=32, page_size=2, public_prefixes=[PUBLIC_TEXT])
+    tokens = [*PUBLIC_TEXT, 8, 9, 9, 9]  # pages [5 5] [6 6], which are public, then [7 8] [9 9]
+    cache.release(prefill(cache, "a", tokens, "a"), tokens)
+    cache.check()
+    assert (cached(cache, tokens, "a"), cached(cache, tokens, "b"), cached(cache, tokens, "")) == (8, 4, 4)
+    assert cached(cache, [*PUBLIC_TEXT[:3], 8, 9], "b") == 2, "the front of the text is public too"
+    cache.release(prefill(cache, "b", tokens, "b"), tokens)
+    cache.check()
+    assert cached(cache, tokens, "b") == 8
+    assert cached(cache, tokens, "c") == 4
+    assert cache.tree.num_pages == 2 + 2 + 2
+
+
+def test_tenants_wait_for_declared_text_and_each_for_its_own_behind_it():
+    cache = KVCache(num_pages=32, page_size=2, public_prefixes=[PUBLIC_TEXT])
+    tokens = [*PUBLIC_TEXT, 8, 9, 9, 9]
+    owner = cache.admit("a", tokens, "a")
+    assert cache.admit("b", tokens, "b") == Blocked("a", 2)
+    assert cache.admit("mine", tokens, "a") == Blocked("a", 2)
+    cache.mark_computed(owner, 6)  # into its own text
+    cache.check()
+    assert cache.admit("mine", tokens, "a") == Blocked("a", 4)
+    assert cache.admit("b", tokens, "b").num_cached == 4
+    cache.mark_computed(owner, 3)
+    assert cache.admit("mine", tokens, "a").num_cached == 8
+    cache.check()
+
+
+def test_an_answer_that_repeats_declared_text_is_still_its_tenants():
+    cache = KVCache(num_pages=32, page_size=2, public_prefixes=[PUBLIC_TEXT])
+    allocation = prefill(cache, "a", [5], "a")
+    cache.mark_computed(allocation, 1)
+    cache.release(allocation, [5, 5])
+    cache.check()
+    assert cache.tree.num_pages == 1
+    assert cached(cache, [5, 5, 6], "b") == 0
+
+
 class KVCacheMachine(RuleBasedStateMachine):
     """Requests of a small alphabet on a small pool; the memory model looks at every slot."""
 
-    @initialize(num_pages=st.integers(3, 12), page_size=st.integers(1, 3))
-    def start(self, num_pages, page_size):
-        self.cache = KVCache(num_pages, page_size)
+    @initialize(
+        num_pages=st.integers(3, 12),
+        page_size=st.integers(1, 3),
+        public=st.lists(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=8), max_size=2),
+    )
+    def start(self, num_pages, page_size, public):
+        self.public = public
+        self.cache = KVCache(num_pages, page_size, public)
         self.memory = KVMemory(self.cache)
         self.live = {}  # request id -> (allocation, tokens, salt)
         self.num_made = 0
 
+    def hashes(self, salt, tokens, num_public=None):
+        """What each position must hold: declared text is its own, whoever sent it, and all else its tenant's."""
+        if num_public is None:
+            common = (sum(takewhile(bool, map(eq, prefix, tokens))) for prefix in self.public)
+            num_public = max((num_tokens // self.cache.page_size for num_tokens in common), default=0)
+        return prefix_hashes(salt, tokens, num_public * self.cache.page_size)
+
     @rule(
         tokens=st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=12),
-        salt=st.sampled_from(["", "tenant"]),
+        salt=st.sampled_from(["", "tenant", "other"]),
         reserve=st.integers(0, 2),
     )
     def admit(self, tokens, salt, reserve):
         size, ready = self.cache.page_size, self.memory.ready_prefixes()
-        ends = prefix_hashes(salt, tokens)[size - 1 :: size][: (len(tokens) - 1) // size]
+        ends = self.hashes(salt, tokens)[size - 1 :: size][: (len(tokens) - 1) // size]
         in_flight = {
-            prefix_hashes(other_salt, other)[(i + 1) * size - 1]: request_id
+            self.hashes(other_salt, other, allocation.num_public)[(i + 1) * size - 1]: request_id
             for request_id, (allocation, other, other_salt) in self.live.items()
             for i in range(allocation.num_computed // size, allocation.num_tree_pages)
         }
@@ -176,7 +240,7 @@ class KVCacheMachine(RuleBasedStateMachine):
                 tokens.pop()
                 return
         num_tokens = min(num_tokens, len(tokens) - start)
-        hashes = prefix_hashes(salt, tokens)
+        hashes = self.hashes(salt, tokens, allocation.num_public)
         self.memory.check(allocation.block_table, hashes, start)
         self.memory.write(allocation.block_table, hashes, start, start + num_tokens)
         self.cache.mark_computed(allocation, num_tokens)
@@ -188,15 +252,17 @@ class KVCacheMachine(RuleBasedStateMachine):
         num_full = allocation.num_computed // self.cache.page_size
         self.cache.release(allocation, tokens, insert_into_tree=keep)
         if keep:
-            found = self.cache.tree.match_prefix(tokens, salt, num_full)
+            found = self.cache.tree.match_prefix(tokens, salt, num_full, allocation.num_public)
             assert len(found.pages) == num_full or found.owner is not None, "it was computed and is not kept"
 
     @invariant()
     def nothing_is_lost_or_mixed_up(self):
         self.cache.check()
         self.memory.ready_prefixes()
+        for node in self.cache.tree.nodes():
+            assert node.children or node.num_users or not node.pages, "pages stay that only cancelled requests used"
         for allocation, tokens, salt in self.live.values():
-            hashes = prefix_hashes(salt, tokens)
+            hashes = self.hashes(salt, tokens, allocation.num_public)
             self.memory.check(allocation.block_table, hashes, allocation.num_computed)
 
     def teardown(self):

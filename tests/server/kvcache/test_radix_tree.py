@@ -16,7 +16,7 @@ def match(tree, tokens, salt=""):
 
 def test_finds_the_longest_prefix_of_full_pages():
     tree = RadixTree(page_size=2)
-    assert tree.insert(tree.root(""), [1, 2, 3, 4, 5, 6], [10, 11, 12]) == []
+    assert tree.insert(tree.root(""), "", [1, 2, 3, 4, 5, 6], [10, 11, 12]) == []
     assert match(tree, [1, 2, 3, 4, 5, 6, 7]) == [10, 11, 12]
     assert match(tree, [1, 2, 3, 4, 5]) == [10, 11]
     assert match(tree, [1, 2, 3, 9]) == [10]
@@ -26,8 +26,8 @@ def test_finds_the_longest_prefix_of_full_pages():
 
 def test_edges_split_at_page_boundaries_and_duplicates_come_back():
     tree = RadixTree(page_size=2)
-    tree.insert(tree.root(""), [1, 2, 3, 4, 5, 6], [10, 11, 12])
-    assert tree.insert(tree.root(""), [1, 2, 3, 4, 7, 8], [20, 21, 22]) == [20, 21]
+    tree.insert(tree.root(""), "", [1, 2, 3, 4, 5, 6], [10, 11, 12])
+    assert tree.insert(tree.root(""), "", [1, 2, 3, 4, 7, 8], [20, 21, 22]) == [20, 21]
     assert match(tree, [1, 2, 3, 4, 7, 8]) == [10, 11, 22]
     assert match(tree, [1, 2, 3, 4, 5, 6]) == [10, 11, 12]
     runs = sorted(node.pages for node in tree.nodes() if node.parent)
@@ -37,8 +37,8 @@ def test_edges_split_at_page_boundaries_and_duplicates_come_back():
 
 def test_salts_do_not_see_each_other_and_empty_roots_go():
     tree = RadixTree(page_size=1)
-    tree.insert(tree.root("a"), [1, 2], [0, 1])
-    tree.insert(tree.root("b"), [1], [2])
+    tree.insert(tree.root("a"), "a", [1, 2], [0, 1])
+    tree.insert(tree.root("b"), "b", [1], [2])
     assert match(tree, [1, 2], "a") == [0, 1]
     assert match(tree, [1, 2], "b") == [2]
     assert match(tree, [1, 2], "c") == []
@@ -50,8 +50,8 @@ def test_salts_do_not_see_each_other_and_empty_roots_go():
 
 def test_evicts_the_least_recently_used_leaf_first_from_its_end():
     tree = RadixTree(page_size=1)
-    tree.insert(tree.root(""), [1, 2, 3], [1, 2, 3])
-    tree.insert(tree.root(""), [1, 7, 8], [9, 7, 8])
+    tree.insert(tree.root(""), "", [1, 2, 3], [1, 2, 3])
+    tree.insert(tree.root(""), "", [1, 7, 8], [9, 7, 8])
     tree.unlock(tree.lock(tree.match_prefix([1, 2, 3], "", ALL)))  # used again: now the younger one
     assert tree.evict(1) == [8]
     assert tree.evict(2) == [7, 3]
@@ -61,8 +61,8 @@ def test_evicts_the_least_recently_used_leaf_first_from_its_end():
 
 def test_a_locked_path_stays_and_its_siblings_go():
     tree = RadixTree(page_size=1)
-    tree.insert(tree.root(""), [1, 2, 3], [1, 2, 3])
-    tree.insert(tree.root(""), [1, 7], [9, 7])
+    tree.insert(tree.root(""), "", [1, 2, 3], [1, 2, 3])
+    tree.insert(tree.root(""), "", [1, 7], [9, 7])
     node = tree.lock(tree.match_prefix([1, 2], "", ALL))
     assert tree.num_evictable == 2
     assert sorted(tree.evict(ALL)) == [3, 7]
@@ -74,23 +74,23 @@ def test_a_locked_path_stays_and_its_siblings_go():
 def test_the_eviction_value_can_be_replaced():
     keep = {5: 1.0}  # page number -> value
     tree = RadixTree(page_size=1, eviction_value=lambda node: keep.get(node.pages[0], 0.0))
-    tree.insert(tree.root(""), [5], [5])
-    tree.insert(tree.root(""), [6], [6])
+    tree.insert(tree.root(""), "", [5], [5])
+    tree.insert(tree.root(""), "", [6], [6])
     assert tree.evict(1) == [6]
     keep[7] = 0.5
-    tree.insert(tree.root(""), [7], [7])
+    tree.insert(tree.root(""), "", [7], [7])
     keep[7] = 2.0  # risen while it rests: seen at the next eviction
     assert tree.evict(1) == [5]
 
 
 def test_pending_pages_name_their_owner_until_they_are_ready():
     tree = RadixTree(page_size=1)
-    node = tree.insert_pending(tree.lock(tree.match_prefix([1, 2, 3], "", ALL)), [1, 2, 3], [1, 2, 3], "a")
+    node = tree.insert_pending(tree.lock(tree.match_prefix([1, 2, 3], "", ALL)), "", [1, 2, 3], [1, 2, 3], "a")
     assert tree.match_prefix([1, 9], "", ALL).owner == "a"
     tree.set_ready(node, 2)
     assert tree.match_prefix([1, 2, 9], "", ALL).owner is None
     assert tree.match_prefix([1, 2, 3], "", ALL).owner == "a"
-    assert tree.insert(tree.root(""), [1, 2, 3, 4], [11, 12, 13, 14]) == [11, 12, 13, 14], "not past pending"
+    assert tree.insert(tree.root(""), "", [1, 2, 3, 4], [11, 12, 13, 14]) == [11, 12, 13, 14], "not past pending"
     node, pages = tree.drop_pending(node)
     assert pages == [3]
     assert match(tree, [1, 2, 3]) == [1, 2]
@@ -101,7 +101,7 @@ def test_pending_pages_name_their_owner_until_they_are_ready():
 
 def test_a_split_leaves_the_pending_part_to_its_owner():
     tree = RadixTree(page_size=1)
-    node = tree.insert_pending(tree.lock(tree.match_prefix([1, 2, 3], "", ALL)), [1, 2, 3], [1, 2, 3], "a")
+    node = tree.insert_pending(tree.lock(tree.match_prefix([1, 2, 3], "", ALL)), "", [1, 2, 3], [1, 2, 3], "a")
     tree.set_ready(node, 1)
     other = tree.lock(tree.match_prefix([1, 9], "", ALL))
     assert other.pages == [1]
@@ -144,7 +144,7 @@ class RadixTreeMachine(RuleBasedStateMachine):
         pages = list(range(self.num_made, self.num_made + len(tokens) // SIZE))
         self.num_made += len(pages)
         num_known = len(self.found(salt, tokens))
-        assert self.tree.insert(self.tree.root(salt), tokens, pages) == pages[:num_known]
+        assert self.tree.insert(self.tree.root(salt), salt, tokens, pages) == pages[:num_known]
         for prefix, page in list(zip(prefixes(tokens), pages, strict=True))[num_known:]:
             self.model[salt, prefix] = page
 

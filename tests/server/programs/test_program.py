@@ -235,11 +235,29 @@ def test_the_deadline_is_the_earliest_of_those_that_still_wait() -> None:
     ]
     timed = program(call("a"), call("b"), call("c"), target=wanted)
     take(timed)
-    assert timed.deadline_ms() == 10
+    assert timed.slack(lambda node: 0.0) == (10, 0)
     complete(timed, "a")
-    assert timed.deadline_ms() == 20
+    assert timed.slack(lambda node: 0.0) == (20, 0)
     complete(timed, "b")
-    assert timed.deadline_ms() is None
+    assert timed.slack(lambda node: 0.0) is None
+
+
+def test_slack_is_that_of_the_longest_path_of_what_is_unfinished() -> None:
+    cost = {"a": 5.0, "b": 1.0, "c": 2.0, "lone": 40.0}
+    wanted = [Target(variable="c.out", deadline_ms=100), Target(variable="lone.out", deadline_ms=120)]
+    timed = program(call("a"), call("b"), call("c", "a.out", "b.out"), call("lone"), target=wanted)
+    take(timed)
+
+    def slack() -> tuple[float, float] | None:
+        return timed.slack(lambda node: cost[node.call.id])
+
+    assert slack() == (120, 40), "it leaves 80 ms, and the chain 93"
+    complete(timed, "lone")
+    assert slack() == (100, 7)
+    complete(timed, "a")
+    assert slack() == (100, 3)
+    complete(timed, "b")
+    assert slack() == (100, 2)
 
 
 # ----------------------------------------------------------------------------------------------------

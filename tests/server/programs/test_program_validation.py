@@ -178,7 +178,7 @@ def grown(program: Program) -> tuple[Any, ...]:
         program.state(0.0).model_dump(),
         list(program.events),
         program.running_calls(),
-        program.deadline_ms(),
+        program.slack(lambda node: 0.0),
     )
 
 

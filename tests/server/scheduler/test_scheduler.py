@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from macaw_server.engine.types import CallClass
@@ -293,6 +295,41 @@ def test_abort_works_in_every_state(keep_pages):
         engine.cache.check()
     assert engine.scheduler.stats().pages_cached == (8 if keep_pages else 0)
     assert engine.run() == []
+    engine.check_no_leak()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_calls_cancelled_together_leave_nothing_that_only_they_used(seed):
+    engine = EngineModel(num_pages=128, max_num_batched_tokens=64)
+    engine.add("before", [7, 7, 7, 7], max_tokens=1)
+    engine.run()
+    for i in range(6):
+        engine.add(f"mine{i}", [7] * 4 + [8] * 10 + [i] * (3 * i), max_tokens=20)
+    engine.add("theirs", [7] * 4 + [8] * 4, max_tokens=1)
+    for _ in range(3):
+        engine.step()
+    mine = [f"mine{i}" for i in range(6)]
+    random.Random(seed).shuffle(mine)
+    if seed % 2:
+        engine.scheduler.abort(*mine, *mine, keep_pages=False)
+    else:
+        for name in mine:
+            engine.scheduler.abort(name, keep_pages=False)
+    engine.cache.check()
+    stats = engine.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+    assert stats.pages_cached == 4, "what others used before and meanwhile stays, and nothing else"
+    engine.check_no_leak()
+
+
+def test_cancelling_an_owner_and_its_followers_keeps_nothing_for_them():
+    engine = EngineModel(max_num_batched_tokens=16, max_prefill_chunk=4)
+    for name in ("owner", "one", "two"):
+        engine.add(name, list(range(20)))
+    engine.step()
+    assert engine.sequences["two"].status is SequenceStatus.BLOCKED
+    engine.scheduler.abort("owner", "one", "two", keep_pages=False)
+    assert engine.scheduler.stats().pages_cached == 0
     engine.check_no_leak()
 
 

@@ -61,6 +61,7 @@ class ScriptedEngine:
         self.script = script or {}
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
+        self.aborts: list[tuple[list[str], bool]] = []
         self.held = held
         self._active = {}
         self._pumping = False
@@ -88,9 +89,9 @@ class ScriptedEngine:
         self._active[request.request_id] = (request, on_output, self._tokens(request))
         self._pump()
 
-    def abort(self, request_id):
-        if self._active.pop(request_id, None):
-            self.aborted.append(request_id)
+    def abort(self, request_ids, *, keep_pages=False):
+        self.aborts.append((list(request_ids), keep_pages))
+        self.aborted += [request_id for request_id in request_ids if self._active.pop(request_id, None)]
 
     @property
     def active(self):

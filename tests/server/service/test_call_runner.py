@@ -55,7 +55,7 @@ async def test_a_stop_string_within_an_output_cuts_text_and_usage(start):
     text, reason, num_tokens = hand.answer
     assert (text, reason) == ("onetwo", "stop")
     assert num_tokens < len(encode("one")) + len(encode("twoSTOPthree"))
-    assert hand.engine.aborted == [hand.request_id]
+    assert hand.engine.aborts == [([hand.request_id], True)], "a normal end: what it has computed stays"
 
 
 async def test_a_stop_string_in_the_last_output_wins_over_its_reason(start):

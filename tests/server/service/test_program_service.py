@@ -285,8 +285,10 @@ class TestEnd:
         service = make(engine)
         run = await submit(service, program(("a", "A"), ("b", "B"), targets=["a.out", "b.out"]))
         await until(lambda: len(engine.active) == 2)
+        active = engine.active
         run.cancel(CancelledError("enough"))
         assert engine.active == []
+        assert engine.aborts == [(active, False)], "one message for the whole program"
         assert service.num_live_calls == 0
         assert {c.error.code for c in run.state.calls} == {"cancelled"}
         run.cancel(CancelledError("again"))

@@ -1,0 +1,136 @@
+"""Several engines as one: each request goes to one of them, and to another if that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+
+from macaw_server.engine.handle import EngineHandle, Status
+from macaw_server.engine.inflight import Entry, OnOutput
+from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
+from macaw_server.scheduler.placement import Placement
+from macaw_server.scheduler.step_time import StepTimeModel
+
+log = logging.getLogger(__name__)
+
+
+class EngineGroup:
+    """An `Engine` over several, all of one model and configuration.
+
+    An engine that dies is started again by itself; its requests go on at once on those that are left, with the tokens
+    they have. It gets new ones as soon as it is back. Where none is left they wait for the first to return.
+
+    Args:
+        members: Not started.
+    """
+
+    def __init__(self, members: Sequence[EngineHandle]) -> None:
+        self._members = list(members)
+        self._placer: Placement | None = None
+        self._lost: set[int] = set()
+        self._placed: dict[str, tuple[int, EngineRequest]] = {}
+        for i, member in enumerate(self._members):
+            member.on_lost = self._on_lost(i)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the loaded model, with the pages of all engines together."""
+        infos = [member.info for member in self._members]
+        shortest = min(info.max_model_len for info in infos)
+        return replace(infos[0], num_pages=sum(info.num_pages for info in infos), max_model_len=shortest)
+
+    @property
+    def status(self) -> Status:
+        """Running while one of them is; else that of the one that is best."""
+        order: tuple[Status, ...] = ("running", "restarting", "starting", "failed", "stopped")
+        return min((member.status for member in self._members), key=order.index)
+
+    async def start(self) -> None:
+        """Load the model in all of them at once; raises `StartupError` if one cannot."""
+        await asyncio.gather(*(member.start() for member in self._members))
+        info = self._members[0].info
+        self._placer = Placement(len(self._members), info.num_pages * info.page_size, StepTimeModel())
+
+    async def stop(self) -> None:
+        """Stop all of them."""
+        await asyncio.gather(*(member.stop() for member in self._members))
+
+    def kill(self) -> None:
+        """Stop all of them for sure, without waiting for anything."""
+        for member in self._members:
+            member.kill()
+
+    def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
+        """Queue a request on the engine that the placement chooses."""
+        self._send(Entry(request, self._noting(request, on_output)))
+
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool = False) -> None:
+        """Forget requests: one message to each engine that has some."""
+        by_member: dict[int, list[str]] = {}
+        for request_id in request_ids:
+            if request_id in self._placed:
+                by_member.setdefault(self._placed[request_id][0], []).append(request_id)
+                self._forget(request_id)
+        for i, known in by_member.items():
+            self._members[i].abort(known, keep_pages=keep_pages)
+
+    async def stats(self) -> EngineStats:
+        """The counters of all together."""
+        return sum_stats(await self.member_stats())
+
+    async def member_stats(self) -> list[EngineStats]:
+        """The counters of each."""
+        return await asyncio.gather(*(member.stats() for member in self._members))
+
+    # --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _placement(self) -> Placement:
+        if self._placer is None:
+            raise RuntimeError("the engines have not started")
+        return self._placer
+
+    def _send(self, entry: Entry) -> None:
+        for i in [i for i in self._lost if self._members[i].status == "running"]:
+            self._lost.remove(i)
+            self._placement.restore(i)
+        i = self._waiting_place() if len(self._lost) == len(self._members) else self._placement.place(entry.request)
+        self._placed[entry.request.request_id] = i, entry.request
+        self._members[i].adopt(entry)
+
+    def _waiting_place(self) -> int:
+        """Where to wait while none is there: with one that will be back, if any."""
+        coming = [i for i, member in enumerate(self._members) if member.status == "restarting"]
+        return coming[0] if coming else 0
+
+    def _noting(self, request: EngineRequest, on_output: OnOutput) -> OnOutput:
+        def noting(output: EngineOutput) -> None:
+            if output.token_ids:
+                self._placement.started(output.request_id)
+            if output.finish_reason is not None or output.error is not None:
+                self._forget(request.request_id)
+            on_output(output)
+
+        return noting
+
+    def _forget(self, request_id: str) -> None:
+        if (placed := self._placed.pop(request_id, None)) is not None:
+            self._placement.ended(placed[1], placed[1].output_ids)
+
+    def _on_lost(self, i: int) -> Callable[[list[Entry]], None]:
+        def on_lost(entries: list[Entry]) -> None:
+            self._lost.add(i)
+            self._placement.lose(i)
+            log.warning("engine %d is gone; its %d calls go to the others", i, len(entries))
+            for entry in entries:
+                self._send(entry)
+
+        return on_lost
+
+
+def sum_stats(stats: Iterable[EngineStats]) -> EngineStats:
+    """Counters and gauges of several engines together."""
+    listed = list(stats)
+    return EngineStats(**{field.name: sum(getattr(one, field.name) for one in listed) for field in fields(EngineStats)})

@@ -1,0 +1,131 @@
+"""The bound on live calls: how many there may be, whose, and when to come back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from macaw.errors import InvalidProgramError, OverloadedError
+from macaw_server.service.types import Tenant
+
+SHARE = 4.0
+"""A tenant of weight 1 may have so many times the room that is left. Alone it gets 4/5 of the bound, two get 4/9 each;
+there is always room for one more tenant, with no share set aside for those that are not there (dynamic thresholds:
+Choudhury & Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998)."""
+_RATE_WINDOW_S = 60.0
+_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 600.0
+
+
+class Admission:
+    """Counts the calls that wait or run, from before their prompts are rendered to their end.
+
+    Args:
+        limit: Of all tenants together.
+        shared: Whether there are several tenants, so that none may fill it.
+        clock: Seconds.
+    """
+
+    def __init__(self, limit: int, *, shared: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._shared = shared
+        self._clock = clock
+        self._live: dict[Tenant, int] = {}
+        self._num_live = 0
+        self._ends = _Rate()
+        self._ends_of: dict[Tenant, _Rate] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Live calls of all tenants."""
+        return self._num_live
+
+    def num_live_of(self, tenant: Tenant) -> int:
+        """Live calls of one tenant."""
+        return self._live.get(tenant, 0)
+
+    def check(self, tenant: Tenant, num_new: int) -> None:
+        """Whether there is room for so many more calls.
+
+        Raises:
+            InvalidProgramError: There never will be.
+            OverloadedError: Not now; `retry_after_s` says when, at the rate at which calls ended lately.
+        """
+        if num_new > self._limit:
+            raise InvalidProgramError(
+                f"{num_new:,} calls at once are over this server's limit of {self._limit:,}. Send fewer, and grow "
+                "an open program as they complete.",
+                param="calls",
+            )
+        over = self._num_live + num_new - self._limit
+        if over > 0:
+            raise OverloadedError(
+                f"{self._num_live:,} calls are waiting or running; with {num_new:,} more they would be over the limit "
+                f"of {self._limit:,}. Try again after the time in Retry-After.",
+                retry_after_s=self._seconds(over, self._ends.per_second(self._clock())),
+            )
+        share, mine = SHARE * tenant.weight, self.num_live_of(tenant)
+        allowed = math.floor(share * (self._limit - self._num_live))
+        if self._shared and mine and mine + num_new > allowed:
+            over = math.ceil((mine + num_new - allowed) / (1 + share))  # each that ends is one less, and leaves room
+            raise OverloadedError(
+                f"{mine:,} calls of this API key are waiting or running; with {num_new:,} more they would be over its "
+                f"share of {allowed:,} while other keys have {self._num_live - mine:,}, of {self._limit:,} in all. Try "
+                "again after the time in Retry-After.",
+                retry_after_s=self._seconds(over, self._rate_of(tenant)),
+            )
+
+    def begin(self, tenant: Tenant, num_new: int) -> None:
+        """Count calls as live; raises as `check` does, and then nothing has changed."""
+        self.check(tenant, num_new)
+        self._live[tenant] = self.num_live_of(tenant) + num_new
+        self._num_live += num_new
+
+    def end(self, tenant: Tenant, num_calls: int, *, served: bool = True) -> None:
+        """Count calls no more.
+
+        Args:
+            tenant: Whose.
+            num_calls: How many.
+            served: They took their time; False when they were refused after all.
+        """
+        self._num_live -= num_calls
+        self._live[tenant] -= num_calls
+        assert self._live[tenant] >= 0, f"{self._live[tenant]} live calls of tenant {tenant.id}"
+        if not self._live[tenant]:
+            del self._live[tenant]
+        if served:
+            now_s = self._clock()
+            self._ends.add(now_s, num_calls)
+            self._ends_of.setdefault(tenant, _Rate()).add(now_s, num_calls)
+
+    def _rate_of(self, tenant: Tenant) -> float:
+        """Calls of a tenant that end per second; where none has, its share of those that do."""
+        now_s = self._clock()
+        own = self._ends_of[tenant].per_second(now_s) if tenant in self._ends_of else 0.0
+        weights = sum(other.weight for other in self._live) or tenant.weight
+        return own or self._ends.per_second(now_s) * tenant.weight / weights
+
+    def _seconds(self, num_calls: int, per_second: float) -> float:
+        """How long so many calls take; a minute where nothing is known."""
+        if not per_second:
+            return _RATE_WINDOW_S
+        return min(_MAX_RETRY_S, max(_MIN_RETRY_S, math.ceil(num_calls / per_second)))
+
+
+class _Rate:
+    """Ends per second over the last minute; of no more than the last 1,024 that ended."""
+
+    def __init__(self) -> None:
+        self._ends: deque[tuple[float, int]] = deque(maxlen=1024)
+
+    def add(self, now_s: float, num_calls: int) -> None:
+        self._ends.append((now_s, num_calls))
+
+    def per_second(self, now_s: float) -> float:
+        while self._ends and self._ends[0][0] < now_s - _RATE_WINDOW_S:
+            self._ends.popleft()
+        if not self._ends:
+            return 0.0
+        return sum(num_calls for _, num_calls in self._ends) / (now_s - self._ends[0][0] + 1.0)
