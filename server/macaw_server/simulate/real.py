@@ -6,6 +6,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
@@ -38,13 +39,14 @@ class RealRun:
         self._num_events = itertools.count()
         self._outputs: dict[str, list[int]] = {}
         self._result = RunResult()
+        self._epoch_s = 0.0
 
     def run(self) -> RunResult:
         """Until all programs have ended."""
         before = self._core.stats()
         for spec in self._programs:
             self.call_at(spec.arrival_s, lambda now_s, spec=spec: self._applications.arrive(spec, now_s))  # type: ignore[misc]
-        begin = time.perf_counter()
+        begin, self._epoch_s = time.perf_counter(), time.monotonic()
         while self._events or self._core.has_work:
             now_s = time.perf_counter() - begin
             while self._events and self._events[0][0] <= now_s:
@@ -62,7 +64,9 @@ class RealRun:
         return self._result
 
     def submit(self, request: EngineRequest, now_s: float) -> None:
-        """Queue a request."""
+        """Queue a request, with its times on the engine's clock."""
+        hints, epoch_s = request.hints, self._epoch_s
+        request.hints = replace(hints, arrival_s=hints.arrival_s + epoch_s, deadline_s=hints.deadline_s + epoch_s)
         refused = self._core.add(request)
         if refused is not None and refused.error is not None:
             raise ValueError(refused.error[1])
