@@ -37,7 +37,7 @@ def observed(local_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> Obse
     submit = engine.submit
 
     def record(request: EngineRequest, on_output: Any) -> None:
-        observed.prompts[tuple(request.prompt_ids)] += 1
+        observed.prompts[tuple(request.prompt_ids)] += not request.prefill_only  # what only warms the cache is no call
         submit(request, on_output)
 
     monkeypatch.setattr(engine, "submit", record)

@@ -201,7 +201,7 @@ class EngineCore:
             return EngineOutput(request.request_id, finish_reason=sequence.finish_reason)
         return None
 
-    def abort(self, request_ids: Iterable[str], *, keep_pages: bool) -> None:
+    def abort(self, request_ids: Iterable[str], *, keep_pages: bool = False) -> None:
         """Forget requests and free their pages; see `Engine.abort`."""
         request_ids = list(request_ids)
         self._scheduler.abort(*request_ids, keep_pages=keep_pages)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from statistics import fmean
 
 from macaw_server.engine.handle import EngineHandle, Status
 from macaw_server.engine.inflight import Entry, OnOutput
@@ -133,4 +134,11 @@ class EngineGroup:
 def sum_stats(stats: Iterable[EngineStats]) -> EngineStats:
     """Counters and gauges of several engines together."""
     listed = list(stats)
-    return EngineStats(**{field.name: sum(getattr(one, field.name) for one in listed) for field in fields(EngineStats)})
+    counters = [field.name for field in fields(EngineStats) if field.name != "step_time_ms"]
+    total = EngineStats(**{name: sum(getattr(one, name) for one in listed) for name in counters})
+    total.step_time_ms = {  # of one engine as of another: their mean
+        name: fmean(one.step_time_ms[name] for one in listed)
+        for name in listed[0].step_time_ms
+        if all(name in one.step_time_ms for one in listed)
+    }
+    return total

@@ -107,12 +107,12 @@ class AheadService:
         )
         return request
 
-    def release(self, request: AheadRequest, user: object) -> None:
-        """One user less; without any the engine stops."""
+    def release(self, request: AheadRequest, user: object, *, keep_pages: bool) -> None:
+        """One user less; without any the engine stops, and what it has computed by then stays or goes."""
         request.users.pop(user, None)
         if not request.users and not request.ended:
             self._end(request)
-            request.model.engine.abort(request.request_id)
+            request.model.engine.abort([request.request_id], keep_pages=keep_pages)
 
     def observe_prefill(self, num_tokens: int, duration_ms: float) -> None:
         """Note how long a call that computed so many tokens waited for its first one."""
@@ -246,7 +246,7 @@ class ProgramAhead:
     def started(self, call_id: str, prompt_ids: list[int], cached_tokens: int) -> Ahead | None:
         """The engine has taken a call into a batch: what was prefilled ahead of that. Nothing more will be."""
         prompt = self._prompts.get(call_id)
-        self.drop(call_id)
+        self.drop(call_id, keep_pages=True)
         if prompt is None or prompt.start_s is None:
             return None
         num_tokens = min(cached_tokens, _num_common(prompt.computed, prompt_ids)) - prompt.cached_tokens
@@ -255,12 +255,12 @@ class ProgramAhead:
         start_ms = (prompt.start_s - self._started_s) * 1000
         return Ahead(start_ms, num_tokens, self._service.estimate_ms(num_tokens))
 
-    def drop(self, call_id: str) -> None:
-        """The call needs nothing more."""
+    def drop(self, call_id: str, *, keep_pages: bool = False) -> None:
+        """The call needs nothing more; or it runs, and goes on from what is there."""
         if (prompt := self._prompts.pop(call_id, None)) is not None:
             prompt.note()
             if prompt.request is not None:
-                self._service.release(prompt.request, prompt)
+                self._service.release(prompt.request, prompt, keep_pages=keep_pages)
 
     def close(self) -> None:
         """The program has ended."""

@@ -243,9 +243,11 @@ def test_native_bfloat16_is_as_exact_as_the_stock_model() -> None:
     with torch.inference_mode():
         truth = [probe._stock_logits(exact, prompt) for prompt in prompts]
         stock = [probe._stock_logits(model, prompt) for prompt in prompts]
-        ready = probe.prepare(model, EngineConfig(model="llama", dtype="bfloat16"), ALWAYS_SHARE, lambda: 512)
+        ready = probe.prepare(
+            model, EngineConfig(model="llama", dtype="bfloat16"), lambda heads: ALWAYS_SHARE, lambda: 512
+        )
         assert ready.backend == "native"
-        native_logits = probe._paged_logits(model, ready.forward, ready.layers, prompts, ALWAYS_SHARE)
+        native_logits = probe._paged_logits(model, ready.forward, ready.layers, prompts, lambda heads: ALWAYS_SHARE)
     assert probe._error(native_logits, truth) < probe._error(stock, truth)
 
 

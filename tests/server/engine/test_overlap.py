@@ -152,7 +152,7 @@ def test_whatever_happens_in_mid_flight(pair: Pair, acts: list[Act], broken: int
                     answers[name] = []
                     assert core.add(replace(pair.requests[act.request], request_id=name)) is None
                 elif act.step == step and act.abort and name in answers and name not in ended:
-                    core.abort(name)
+                    core.abort([name])
                     aborted.add(name)
             for output in core.step():
                 assert output.request_id not in ended | aborted, "an output after the last"
@@ -185,7 +185,7 @@ def test_who_is_gone_hears_nothing_of_a_failed_step(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(core._runner, "run", broken)
         assert [output.error for output in core.step()] == [None, None]
-        core.abort("aborted")
+        core.abort(["aborted"])
         assert [(output.request_id, output.error is not None) for output in core.step()] == [("fails", True)]
     assert not core.has_work
 
