@@ -7,22 +7,16 @@ that every report gives back. `now_ms` is always the time since the program was 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from macaw.errors import CancelledError, InvalidProgramError, MacawError
 from macaw.protocol import (
     AnyEvent,
-    Call,
     CallCompleted,
     CallDelta,
     CallFailed,
     CallStarted,
-    CallState,
-    CallTimings,
-    ErrorBody,
     Event,
     ProgramCompleted,
     ProgramCreated,
@@ -37,67 +31,10 @@ from macaw.protocol import (
 from macaw_server.engine.types import CallClass, CallHints
 
 from .ahead import SENTINEL, partial_value
+from .calls import Ahead, CallNode, Slack, error_body
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
 from .objectives import deduce, output_tokens
-
-
-class Ahead(NamedTuple):
-    """What was prefilled of a call before it was ready.
-
-    Attributes:
-        start_ms: When that began.
-        num_tokens: Cached tokens of its prompt that were computed so.
-        saved_ms: What computing them takes, estimated.
-    """
-
-    start_ms: float
-    num_tokens: int
-    saved_ms: float
-
-
-@dataclass(slots=True)
-class CallNode:
-    """A call of a program, and how far it is.
-
-    Attributes:
-        call: What the client sent.
-        index: Position among the program's calls.
-        status: `waiting` for inputs, `ready`, `running` (handed out), `completed` or `failed`.
-        depth: Calls before it on its longest path.
-        call_class: What the application waits for here; deduced anew when the program grows.
-        group: Task group within the program, if any.
-        path_tokens: Estimate of the output tokens on the longest path from here to the end of the program.
-        deadline_ms: Of the targets behind it, from the program's start.
-        timings: Milliseconds since the program was created.
-        prompt_tokens: Known when the call has started.
-        cached_tokens: Prompt tokens that were found in the cache.
-        completion_tokens: Known when the call has completed.
-        completion: The whole OpenAI (chat) completion.
-        error: Why it failed.
-    """
-
-    call: Call
-    index: int
-    status: Literal["waiting", "ready", "running", "completed", "failed"] = "waiting"
-    depth: int = 0
-    call_class: CallClass = CallClass.BACKGROUND
-    group: str | None = None
-    path_tokens: float = 0.0
-    deadline_ms: float = math.inf
-    timings: CallTimings = field(default_factory=CallTimings)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    completion: dict[str, Any] | None = None
-    error: MacawError | None = None
-
-
-class Slack(NamedTuple):
-    """A target's deadline, from the program's start, and what its longest path of calls takes at least from now."""
-
-    deadline_ms: float
-    needed_ms: float
 
 
 class Program:
@@ -402,11 +339,11 @@ class Program:
             id=self.id,
             status=self.status,
             model=self.request.model or "",
-            calls=[_call_state(node) for node in self.calls.values()],
+            calls=[node.state() for node in self.calls.values()],
             transforms=[step for step in self._graph.steps.values() if isinstance(step, Transform)],
             targets=self._graph.targets,
             variables=self._flow.values(shown),
-            error=_body(self.error) if self.error else None,
+            error=error_body(self.error) if self.error else None,
             critical_path=self._flow.critical_path(self._targets()) if self.status == "completed" else [],
             totals=self._totals(),
             duration_ms=now_ms if self._ended_ms is None else self._ended_ms,
@@ -474,7 +411,7 @@ class Program:
             self._emit(
                 ProgramFailed(
                     program_id=self.id,
-                    error=_body(error),
+                    error=error_body(error),
                     variables=variables,
                     totals=totals,
                     duration_ms=now_ms,
@@ -486,7 +423,7 @@ class Program:
         self._finish(node)
         node.status, node.error = "failed", error
         node.timings.completed_ms = now_ms
-        self._emit(CallFailed(call_id=node.call.id, error=_body(error), timings=node.timings.model_copy()))
+        self._emit(CallFailed(call_id=node.call.id, error=error_body(error), timings=node.timings.model_copy()))
 
     def _finish(self, node: CallNode) -> None:
         del self._unfinished[node.call.id]
@@ -518,21 +455,3 @@ class Program:
             computed_tokens=prompt - cached,
             completion_tokens=sum(n.completion_tokens for n in nodes),
         )
-
-
-def _call_state(node: CallNode) -> CallState:
-    return CallState(
-        id=node.call.id,
-        status=node.status,
-        inputs=node.call.inputs,
-        output=node.call.output,
-        depth=node.depth,
-        group=node.group,
-        timings=node.timings.model_copy(),
-        completion=node.completion,
-        error=_body(node.error) if node.error else None,
-    )
-
-
-def _body(error: MacawError) -> ErrorBody:
-    return ErrorBody(**error.to_wire())

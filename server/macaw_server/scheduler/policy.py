@@ -149,15 +149,19 @@ class AppPolicy(Policy):
         return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
 
     def enter(self, sequence: Sequence) -> None:
-        """Its tenant takes part from now on."""
-        self.shares.enter(sequence.request.hints.tenant)
+        """Its tenant takes part from now on; work ahead of time has no part in shares."""
+        if not sequence.is_ahead:
+            self.shares.enter(sequence.request.hints.tenant)
 
     def leave(self, sequence: Sequence) -> None:
         """One call of its tenant less."""
-        self.shares.leave(sequence.request.hints.tenant)
+        if not sequence.is_ahead:
+            self.shares.leave(sequence.request.hints.tenant)
 
     def charge(self, sequence: Sequence, service: float) -> None:
         """To its tenant, and to its program."""
+        if sequence.is_ahead:
+            return
         hints = sequence.request.hints
         self.shares.charge(hints.tenant, service, hints.tenant_weight)
         self.attained.charge(hints.program_id, service)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from macaw_server.engine.types import CallClass, EngineRequest, EngineStats, FinishReason
+from macaw_server.engine.types import EngineRequest, EngineStats
 from macaw_server.kvcache import Blocked, KVCache
 from macaw_server.scheduler.ahead import AheadSequences, ahead_budget
 from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
+from macaw_server.scheduler.followers import Followers
+from macaw_server.scheduler.limits import check_request, finish_reason, latest_start_s
 from macaw_server.scheduler.lookahead import look_ahead
-from macaw_server.scheduler.policy import Order, Policy, PreemptionOrder, make_policy
+from macaw_server.scheduler.policy import Policy, make_policy
 from macaw_server.scheduler.speculation import NO_GUESS, Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
-from macaw_server.scheduler.step_time import StepFeatures, StepTimeModel
+from macaw_server.scheduler.step_time import StepTimeModel
 from macaw_server.scheduler.types import (
     ScheduledBatch,
     ScheduledChunk,
@@ -86,7 +86,7 @@ class Scheduler:
         self._waiting = WaitingQueue(self.policy)
         self._running: dict[str, Sequence] = {}  # but for those of class AHEAD
         self._ahead = AheadSequences()
-        self._followers: dict[str, list[tuple[int, int, Sequence]]] = {}  # by owner: heaps by pages needed
+        self._followers = Followers(self.policy)
         self._num_added = 0
         self._leader: str | None = None  # the program under protection where no critical sequence decodes
         self._out_of_pages: Sequence | None = None  # who found none in the step before
@@ -111,29 +111,18 @@ class Scheduler:
         Raises:
             ValueError: It can never run, or its id is in use.
         """
-        num_prompt, pool_len = len(request.prompt_ids), self.kv_cache.num_pages * self.kv_cache.page_size
         if request.request_id in self._sequences:
             raise ValueError(f"Request id {request.request_id!r} is in use; ids are unique.")
-        if not num_prompt:
-            raise ValueError(f"Request {request.request_id!r} has an empty prompt; it needs at least 1 token.")
-        if request.hints.call_class is CallClass.AHEAD and not request.prefill_only:
-            raise ValueError(f"Request {request.request_id!r} of class AHEAD samples; only prefills run ahead.")
-        if num_prompt + 1 > self.config.max_model_len:
-            raise ValueError(
-                f"Prompt of {num_prompt:,} tokens and one of output are over the model's "
-                f"{self.config.max_model_len:,}. Shorten the prompt or serve with a larger --max-model-len."
-            )
-        if num_prompt + 1 > pool_len:
-            raise ValueError(
-                f"Prompt of {num_prompt:,} tokens and one of output are over the KV cache's {pool_len:,}. "
-                "Shorten the prompt or serve with a larger --kv-memory."
-            )
+        pool_len = self.kv_cache.num_pages * self.kv_cache.page_size
+        check_request(request, max_model_len=self.config.max_model_len, pool_len=pool_len)
         arrival_s = request.hints.arrival_s
         if not 0 < arrival_s <= now_s:  # not set, or of another clock
             arrival_s = now_s
         self._num_added += 1
-        sequence = Sequence(request, arrival_s, self._num_added, self._latest_start_s(request))
-        sequence.finish_reason = self._finish_reason(sequence)
+        sequence = Sequence(
+            request, arrival_s, self._num_added, latest_start_s(request, self._step_time, self.config.latency_slowdown)
+        )
+        sequence.finish_reason = finish_reason(sequence, self._max_len)
         if sequence.finish_reason:
             sequence.status = SequenceStatus.FINISHED
         else:
@@ -171,7 +160,7 @@ class Scheduler:
         slowdown = self.config.latency_slowdown if self._leader is None else LEADER_SLOWDOWN
         budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, protected, slowdown)
         self._decode(batch, decodes, budget, now_s)
-        for sequence in sorted(prefills, key=lambda sequence: self._order(sequence, now_s)):
+        for sequence in sorted(prefills, key=lambda sequence: self._followers.order(sequence, now_s)):
             self._run(batch, sequence, budget, now_s)
         if may_admit:
             self._admit(batch, budget, now_s)
@@ -234,7 +223,7 @@ class Scheduler:
                 self._stats.draft_tokens += len(chunk.drafts)
                 self._stats.accepted_tokens += num_accepted
             is_complete = sequence.request_id in complete
-            sequence.finish_reason = "stop" if is_complete else self._finish_reason(sequence)
+            sequence.finish_reason = "stop" if is_complete else finish_reason(sequence, self._max_len)
             if sequence.finish_reason:
                 self._retire(sequence)
                 finished.append(sequence)
@@ -271,7 +260,7 @@ class Scheduler:
                 if self._yield_ahead():
                     continue
                 assert len(self._running) > 1, f"{sequence.request_id} fills {len(sequence.block_table)} pages alone"
-                victim = max(self._running.values(), key=lambda other: self._preemption_order(other, now_s))
+                victim = max(self._running.values(), key=lambda other: self._followers.preemption_order(other, now_s))
                 self._preempt(victim)
                 batch.preempted.append(victim)
 
@@ -281,13 +270,14 @@ class Scheduler:
         waiting = self._waiting.first(now_s) if full or self._out_of_pages else None
         if waiting is None or not (full or waiting is self._out_of_pages):
             return
+        followers, preempts = self._followers, self.policy.preempts
         victims = [
             running
             for running in self._running.values()
-            if all(self.policy.preempts(waiting, s, now_s) for s in (running, self._patron(running, now_s)) if s)
+            if all(preempts(waiting, s, now_s) for s in (running, followers.patron(running, now_s)) if s)
         ]
         if victims:
-            victim = max(victims, key=lambda running: self._preemption_order(running, now_s))
+            victim = max(victims, key=lambda running: followers.preemption_order(running, now_s))
             self._preempt(victim)
             batch.preempted.append(victim)
 
@@ -330,7 +320,7 @@ class Scheduler:
                 continue  # takes over what is left of the prefix
             self._waiting.remove(sequence)
             if isinstance(pages, Blocked):
-                self._block(sequence, pages, now_s)
+                self._followers.block(sequence, self._sequences[pages.owner], pages.num_pages, now_s)
                 continue
             sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
             self._running[sequence.request_id] = sequence
@@ -362,7 +352,7 @@ class Scheduler:
             policy.is_critical(s)
             or now_s > policy.due_s(s)
             or (leader is not None and s.request.hints.program_id == leader)
-            for s in (sequence, self._patron(sequence, now_s))
+            for s in (sequence, self._followers.patron(sequence, now_s))
             if s is not None
         )
 
@@ -423,58 +413,12 @@ class Scheduler:
         self._stats.computed_tokens += 0 if sequence.is_ahead else num_computed
         self.policy.charge(sequence, max(0, min(start + length, num_prompt) - max(start, sequence.num_charged)))
         sequence.num_charged = max(sequence.num_charged, start + length)
-        self._wake_followers(sequence, sequence.num_computed // self.kv_cache.page_size)
+        self._wake(sequence, sequence.num_computed // self.kv_cache.page_size)
 
-    def _wake_followers(self, owner: Sequence, num_pages: int | None = None) -> None:
+    def _wake(self, owner: Sequence, num_pages: int | None = None) -> None:
         """Let those take part again who wait for so many pages of `owner`; all of them if it is gone."""
-        followers = self._followers.get(owner.request_id)
-        if followers is None:
-            return
-        while followers and (num_pages is None or followers[0][0] <= num_pages):
-            follower = heapq.heappop(followers)[-1]
-            owner.patron = None if owner.patron is follower else owner.patron
-            if follower.status is SequenceStatus.BLOCKED:
-                follower.status = SequenceStatus.WAITING
-                self._queue_of(follower).push(follower)
-        if not followers:
-            del self._followers[owner.request_id]
-
-    def _latest_start_s(self, request: EngineRequest) -> float:
-        """The deadline, less the time that the rest of the program takes in a batch that slows it as far as allowed."""
-        hints, num_prompt = request.hints, len(request.prompt_ids)
-        if hints.deadline_s == math.inf:
-            return math.inf
-        prefill_ms = self._step_time.predict(StepFeatures().plus(0, num_prompt, num_samples=1))
-        decode_ms = self._step_time.predict(StepFeatures().plus(num_prompt, 1, num_samples=1))
-        num_outputs = request.sampling.max_tokens if hints.path_tokens is None else hints.path_tokens
-        return hints.deadline_s - (prefill_ms + num_outputs * decode_ms * self.config.latency_slowdown) / 1000
-
-    def _block(self, sequence: Sequence, blocked: Blocked, now_s: float) -> None:
-        """Let a sequence wait for the owner of its prefix, which is as urgent from now on."""
-        sequence.status = SequenceStatus.BLOCKED
-        heapq.heappush(self._followers.setdefault(blocked.owner, []), (blocked.num_pages, sequence.number, sequence))
-        owner = self._sequences[blocked.owner]
-        order = self.policy.order(sequence, now_s)
-        if owner.patron and not sequence.is_ahead and order < self.policy.order(owner.patron, now_s):
-            owner.patron = sequence
-
-    def _order(self, sequence: Sequence, now_s: float) -> Order:
-        """Its place among those that run: its own, or that of the most urgent of its followers."""
-        patron, own = self._patron(sequence, now_s), self.policy.order(sequence, now_s)
-        return own if patron is None else min(own, self.policy.order(patron, now_s))
-
-    def _preemption_order(self, sequence: Sequence, now_s: float) -> PreemptionOrder:
-        """The same for who loses its pages first."""
-        patron, own = self._patron(sequence, now_s), self.policy.preemption_order(sequence, now_s)
-        return own if patron is None else min(own, self.policy.preemption_order(patron, now_s))
-
-    def _patron(self, owner: Sequence, now_s: float) -> Sequence | None:
-        """The most urgent follower; sought anew only when the last one has gone, for there may be thousands."""
-        followers = self._followers.get(owner.request_id, ())
-        if owner.patron is None or owner.patron.status is not SequenceStatus.BLOCKED:
-            waiting = (f for *_, f in followers if f.status is SequenceStatus.BLOCKED and not f.is_ahead)
-            owner.patron = min(waiting, key=lambda follower: self.policy.order(follower, now_s), default=None)
-        return owner.patron
+        for follower in self._followers.wake(owner, num_pages):
+            self._queue_of(follower).push(follower)
 
     # -- ahead of time ---------------------------------------------------------------------------------------
 
@@ -504,7 +448,7 @@ class Scheduler:
                 return
             self._ahead.remove(sequence)
             if isinstance(pages, Blocked):
-                self._block(sequence, pages, now_s)
+                self._followers.block(sequence, self._sequences[pages.owner], pages.num_pages, now_s)
                 continue
             sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
             ahead[sequence.request_id] = sequence
@@ -542,14 +486,6 @@ class Scheduler:
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        sampling, num_outputs = sequence.request.sampling, sequence.num_outputs
-        if num_outputs > sampling.min_tokens and sequence.token_ids[-1] in sampling.stop_token_ids:
-            return "stop"
-        if num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self._max_len:
-            return "length"
-        return None
-
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it waits again, with its outputs as part of what is to be prefilled."""
         self._give_back_pages(sequence, keep=True)
@@ -569,11 +505,8 @@ class Scheduler:
         del self._sequences[sequence.request_id]
 
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:
-        followers = self._followers.get(sequence.request_id, ())
-        wanted = [num_pages for num_pages, _, other in followers if other.status is SequenceStatus.BLOCKED]
-        self.kv_cache.release(
-            sequence.pages, sequence.token_ids, insert_into_tree=keep, num_wanted=max(wanted, default=0)
-        )
+        num_wanted = self._followers.num_wanted(sequence)
+        self.kv_cache.release(sequence.pages, sequence.token_ids, insert_into_tree=keep, num_wanted=num_wanted)
         sequence.allocation = None
         del (self._ahead.running if sequence.is_ahead else self._running)[sequence.request_id]
-        self._wake_followers(sequence)
+        self._wake(sequence)

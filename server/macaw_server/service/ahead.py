@@ -20,7 +20,8 @@ from macaw.errors import MacawError
 from macaw.protocol import CallCompleted, CallFailed, Event, VariableResolved
 from macaw_server.engine.types import CallClass, CallHints, EngineOutput, EngineRequest, SamplingParams
 from macaw_server.programs.ahead import KnownPrompt, known_prompt, stable_tokens
-from macaw_server.programs.program import Ahead, CallNode, Program
+from macaw_server.programs.calls import Ahead, CallNode
+from macaw_server.programs.program import Program
 from macaw_server.service.models import ModelRegistry
 from macaw_server.service.types import ServedModel
 

@@ -26,7 +26,8 @@ from macaw.protocol import (
     VariableResolved,
 )
 from macaw_server.engine.types import CallClass, CallHints
-from macaw_server.programs.program import CallNode, Program
+from macaw_server.programs.calls import CallNode
+from macaw_server.programs.program import Program
 from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService, ProgramAhead
 from macaw_server.service.call_runner import CallRunner, abort_all

@@ -19,7 +19,8 @@ from macaw.protocol import (
     VariablePart,
 )
 from macaw_server.engine.types import EngineRequest, SamplingParams
-from macaw_server.programs.program import CallNode, Program
+from macaw_server.programs.calls import CallNode
+from macaw_server.programs.program import Program
 from macaw_server.simulate.infinite_cache import InfiniteCache
 from macaw_server.simulate.records import CallRecord, ProgramRecord
 from macaw_server.simulate.tokens import TokenSource

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from macaw.errors import MacawError
 from macaw.protocol import Call, Event, ProgramRequest, Target, Transform
-from macaw_server.programs.program import CallNode, Program
+from macaw_server.programs.calls import CallNode
+from macaw_server.programs.program import Program
 
 
 def call(call_id: str, *inputs: str, **fields: Any) -> Call:
