@@ -49,7 +49,6 @@ class Scheduler:
       admitted in a step that preempts for them.
     - The first in order that finds no place or no pages gets those of running sequences, one a step, if
       `Policy.preempts` says that they have to give way.
-    - An owner of such a prefix runs as its most urgent follower would, so that nobody waits at another's rank.
     - Sequences of class AHEAD get what is left when nobody waits (`_run_ahead`), and give their pages back as soon
       as anybody else needs these, a slot, or the prefix that they compute.
     - Drafts get what is left then: tokens of the budget, and pages that are free or can be evicted, less one

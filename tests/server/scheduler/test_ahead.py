@@ -107,14 +107,11 @@ def test_an_owner_is_as_urgent_as_its_most_urgent_follower():
     engine.add("follower", [*range(28), 90], call_class=CallClass.LATENCY)
     engine.step()
     owner, third = engine.sequences["owner"], engine.sequences["third"]
+    order = engine.scheduler._followers.order
     assert engine.sequences["follower"].status is SequenceStatus.BLOCKED
-    assert engine.scheduler._followers.order(owner, engine.now_s) < engine.scheduler._followers.order(
-        third, engine.now_s
-    )
+    assert order(owner, engine.now_s) < engine.scheduler._followers.order(third, engine.now_s)
     engine.scheduler.abort("follower")
-    assert engine.scheduler._followers.order(owner, engine.now_s) > engine.scheduler._followers.order(
-        third, engine.now_s
-    )
+    assert order(owner, engine.now_s) > engine.scheduler._followers.order(third, engine.now_s)
 
 
 calls = st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(1, 8), st.sampled_from([*CallClass][:3]))
