@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from macaw_server.bench.workload.command import register
+
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure Macaw against another server, and the machine.")
 
 
-@bench.callback()
-def _root() -> None:
-    """Keeps `engine` a sub-command even when it is the only one."""
+register(bench)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,0 +1,165 @@
+"""From the options of `macaw bench WORKLOAD` to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from macaw_server.bench.errors import BenchError
+from macaw_server.bench.facts import command, commit, load, machine
+from macaw_server.bench.server import started
+from macaw_server.bench.workload.clients import WorkloadClient
+from macaw_server.bench.workload.records import Run
+from macaw_server.bench.workload.report import CaseResult, WorkloadReport
+from macaw_server.bench.workload.sides import Side, choose_sides
+from macaw_server.bench.workload.texts import Texts
+from macaw_server.config import EngineConfig
+from macaw_server.models.loader import load_tokenizer
+from macaw_server.workloads import ProgramSpec, WorkloadOptions, make_workload
+
+NUM_CHECKED = 3
+"""Programs whose answers are compared before anything is timed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """As the command's help says.
+
+    Attributes:
+        workloads: Names.
+        rates: Of the first stream's programs, per second; None is the workload's own.
+        speed: Arrivals and the client's gaps are so many times faster.
+    """
+
+    workloads: Sequence[str]
+    options: WorkloadOptions
+    rates: Sequence[float | None]
+    speed: float
+    rtts_ms: Sequence[float]
+    model: str
+    dtype: str
+    serve_flags: Sequence[str]
+    peer: str | None
+    ablate: Sequence[str]
+    num_rounds: int
+    slo_token_ms: float | None
+
+
+class Case(NamedTuple):
+    """One workload at one distance and one load."""
+
+    workload: str
+    rtt_ms: float
+    rate: float | None
+
+    @property
+    def name(self) -> str:
+        """For tables and files."""
+        return f"{self.workload}, {self.rtt_ms:g} ms" + (f", {self.rate:g}/s" if self.rate is not None else "")
+
+
+def run(options: BenchOptions, console: Console) -> WorkloadReport:
+    """Start a server for each side, then run every case on all of them in alternation.
+
+    Raises:
+        BenchError: Options that contradict each other, a failed request, or answers that differ.
+        StartupError: No such model.
+    """
+    sides = choose_sides(options.ablate, options.peer)
+    cases = [Case(*values) for values in product(options.workloads, options.rtts_ms, options.rates)]
+    # Every run is a tenant of its own, so that each begins with a cold cache on a warm server.
+    keys = {(case, i): secrets.token_hex(16) for case in cases for i in range(-1, options.num_rounds)}
+    facts = {"command": command([]), "commit": commit(), "machine": machine(), "load": load()}
+    facts["lengths"] = f"{options.options.scale:g} of the published ones; arrivals and gaps {options.speed:g}x as fast"
+    texts = Texts(load_tokenizer(EngineConfig(model=options.model)), options.options.seed)
+    with ExitStack() as stack, _progress(console) as progress:
+        bar = progress.add_task("", total=len(keys) * len(sides))
+        servers = {}
+        for side in sides:
+            progress.update(bar, description=f"starting: {side.name}")
+            flags = [*options.serve_flags, *side.flags, *(f"--api-key={key}" for key in keys.values())]
+            url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
+            servers[side] = (url, _model_name(url, next(iter(keys.values()))))
+
+        def on_side(side: Side, case: Case, i: int, programs: Sequence[ProgramSpec]) -> Run:
+            progress.update(bar, description=f"{case.name}: {side.name}")
+            client = WorkloadClient(*servers[side], keys[case, i], side.way, texts, case.rtt_ms / 1000)
+            result = asyncio.run(_run(client, programs, timeline=i == options.num_rounds - 1))
+            progress.advance(bar)
+            return result
+
+        results = [_run_case(case, sides, options, on_side) for case in cases]
+    return WorkloadReport(results, facts, options.slo_token_ms)
+
+
+def _run_case(
+    case: Case,
+    sides: Sequence[Side],
+    options: BenchOptions,
+    on_side: Callable[[Side, Case, int, list[ProgramSpec]], Run],
+) -> CaseResult:
+    """A few programs to warm up and to compare the answers, then all rounds."""
+    programs = [
+        _faster(spec, options.speed) for spec in make_workload(case.workload, replace(options.options, rate=case.rate))
+    ]
+    sample = [replace(spec, arrival_s=0.0) for spec in programs[:NUM_CHECKED]]
+    own = [side for side in sides if side.url is None]
+    checked = {side: on_side(side, case, -1, sample) for side in sides}
+    equal = _share_equal([checked[side] for side in own])
+    if equal < 1 and options.dtype == "float32":
+        raise BenchError(
+            f"{case.name}: the sides' answers differ ({equal:.0%} of {len(sample)} programs agree), though all of them "
+            "take the likeliest token in float32. What they do cannot be compared; this is a bug of Macaw."
+        )
+    rounds: dict[str, list[Run]] = {side.name: [] for side in sides}
+    for i in range(options.num_rounds):
+        # Who goes first changes from round to round.
+        for side in [*sides[i % len(sides) :], *sides[: i % len(sides)]]:
+            rounds[side.name].append(on_side(side, case, i, programs))
+    every = [[rounds[side.name][i] for side in own] for i in range(options.num_rounds)]
+    return CaseResult(case.workload, case.name, rounds, statistics.fmean(map(_share_equal, every)))
+
+
+def _faster(spec: ProgramSpec, speed: float) -> ProgramSpec:
+    calls = tuple(replace(call, gap_s=call.gap_s / speed) for call in spec.calls)
+    deadline_s = None if spec.deadline_s is None else spec.deadline_s / speed
+    return replace(spec, arrival_s=spec.arrival_s / speed, calls=calls, deadline_s=deadline_s)
+
+
+def _share_equal(runs: Sequence[Run]) -> float:
+    """Of the programs whose answers are the same on all sides."""
+    programs = zip(*(run.outcomes for run in runs), strict=True)
+    return statistics.fmean(len({str(outcome.answers) for outcome in same}) == 1 for same in programs)
+
+
+async def _run(client: WorkloadClient, programs: Sequence[ProgramSpec], *, timeline: bool) -> Run:
+    async with client:
+        return await client.run(programs, timeline=timeline)
+
+
+def _model_name(url: str, api_key: str) -> str:
+    """The first model that a server lists."""
+    try:
+        response = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {api_key}"})
+        response.raise_for_status()
+        return str(response.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError) as e:
+        raise BenchError(
+            f"{url}/v1/models does not list a model ({type(e).__name__}: {e}). "
+            "Give the URL of a running OpenAI-compatible server as --peer."
+        ) from e
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
