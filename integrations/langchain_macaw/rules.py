@@ -168,9 +168,8 @@ def _prompt(lowering: Lowering, prompt: BasePromptTemplate[Any], value: Any, sco
 
 def _selects_examples(prompt: Any) -> bool:
     """An example selector may be a search in a vector store: a client step inside a prompt."""
-    if getattr(prompt, "example_selector", None) is not None:
-        return True
-    return any(_selects_examples(message) for message in getattr(prompt, "messages", []))
+    fields = vars(prompt)  # getattr() for a field that is not there is slow in pydantic
+    return fields.get("example_selector") is not None or any(map(_selects_examples, fields.get("messages") or ()))
 
 
 def _known_dict(value: Any) -> Mapping[str, Any]:
