@@ -182,7 +182,7 @@ def test_blocks_and_the_switch(llm: ChatMacaw, recorder: Recorder) -> None:
 def test_planner_failure_runs_natively_and_says_so_once(
     llm: ChatMacaw, recorder: Recorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Lowering, "plan", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(Lowering, "lower", lambda *args: 1 / 0)
     chain = chat("{x}") | llm | TEXT
     with autocompile():
         assert chain.invoke(VALUE) == chain.invoke(VALUE)
