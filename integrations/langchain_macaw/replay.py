@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple, TypeVar
 
-from langchain_macaw.plan import CURRENT_PLAN, Plan
-from macaw import AsyncMacawClient, MacawClient
+from langchain_macaw.plan import CURRENT_PLAN, Plan, Posted
 from macaw.errors import MacawError
+from macaw.protocol import ProgramGrowth, ProgramRequest
 
 T = TypeVar("T")
 
@@ -60,32 +61,27 @@ class Run(NamedTuple):
 
 
 @contextmanager
-def replaying(plan: Plan, client: MacawClient) -> Iterator[Run]:
-    """Run the program beside native code. What is left of it at the end is cancelled."""
-    reader = threading.Thread(target=_read, args=(plan, client), name="macaw-program", daemon=True)
-    reader.start()
+def replaying(plan: Plan) -> Iterator[Run]:
+    """Run the program, if there comes to be one, beside native code. What is left of it at the end is cancelled."""
+    threads = _Threads(plan)
+    plan.connect(threads.send)
     try:
         yield _run(plan)
     finally:
         plan.close()
-        if plan.closed and plan.program_id is not None:
-            # The reader may be blocked in a read, and only the server can end that.
-            with suppress(MacawError):
-                client.cancel(plan.program_id)
-        reader.join(_CLOSE_TIMEOUT_S)
+        threads.finish()
 
 
 @asynccontextmanager
-async def areplaying(plan: Plan, client: AsyncMacawClient) -> AsyncIterator[Run]:
-    """As `replaying`, with a task as the reader."""
-    reader = asyncio.create_task(_aread(plan, client), name="macaw-program")
+async def areplaying(plan: Plan) -> AsyncIterator[Run]:
+    """As `replaying`, with tasks in the place of threads."""
+    tasks = _Tasks(plan)
+    plan.connect(tasks.send)
     try:
         yield _run(plan)
     finally:
         plan.close()
-        if plan.closed:
-            reader.cancel()
-        await asyncio.wait({reader}, timeout=_CLOSE_TIMEOUT_S)
+        await tasks.finish()
 
 
 def _run(plan: Plan) -> Run:
@@ -98,31 +94,157 @@ async def _next(iterator: Any) -> Any:
     return await anext(iterator, _END)
 
 
-def _read(plan: Plan, client: MacawClient) -> None:
-    try:
-        with client.stream_program(plan.request) as events:
-            for event in events:
-                plan.feed(event)
-                if plan.closed:
-                    break
-    except Exception as error:
-        _report(plan, error)
-    finally:
-        plan.end()
+class _Threads:
+    """One thread reads the program's stream; another one, if it comes to that, posts its growths in their order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._threads: list[threading.Thread] = []
+        self._growths: queue.SimpleQueue[ProgramGrowth | None] = queue.SimpleQueue()
+        self._posted = threading.Event()
+
+    def send(self, post: Posted) -> None:
+        if isinstance(post, ProgramRequest):
+            self._start(self._read, post, name="macaw-program")
+        else:
+            self._growths.put(post)
+            if len(self._threads) == 1:
+                self._start(self._grow, name="macaw-growth")
+
+    def finish(self) -> None:
+        plan = self._plan
+        if plan.closed and plan.program_id is not None:
+            # The reader may be blocked in a read, and only the server can end that.
+            with suppress(MacawError):
+                plan.model._program_client().cancel(plan.program_id)
+        elif plan.open:
+            self.send(ProgramGrowth(close=True))
+        self._growths.put(None)
+        for thread in self._threads:
+            thread.join(_CLOSE_TIMEOUT_S)
+
+    def _start(self, target: Any, *args: Any, name: str) -> None:
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _read(self, request: ProgramRequest) -> None:
+        plan = self._plan
+        try:
+            with plan.model._program_client().stream_program(request) as events:
+                plan.program_id = events.program_id
+                self._posted.set()
+                for event in events:
+                    plan.feed(event)
+                    if plan.closed:
+                        break
+        except Exception as error:
+            _report(plan, error)
+        finally:
+            plan.end()
+            self._posted.set()
+
+    def _grow(self) -> None:
+        self._posted.wait()
+        client = self._plan.model._program_client()
+        while growth := self._growths.get():
+            parts = [growth]
+            while not self._growths.empty() and (part := self._growths.get()):
+                parts.append(part)
+            growth = _merged(parts)
+            if self._plan.program_id is None or self._plan.closed:
+                continue
+            try:
+                client.grow(self._plan.program_id, growth)
+            except MacawError as error:
+                _report_growth(self._plan, growth, error)
 
 
-async def _aread(plan: Plan, client: AsyncMacawClient) -> None:
-    try:
-        async with await client.stream_program(plan.request) as events:
-            async for event in events:
-                plan.feed(event)
-    except Exception as error:
-        _report(plan, error)
-    finally:
-        plan.end()
+class _Tasks:
+    """As `_Threads`, in the event loop; client steps may report from threads all the same."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._growths: list[ProgramGrowth] = []
+        self._posted = asyncio.Event()
+        self._grown = asyncio.Event()
+
+    def send(self, post: Posted) -> None:
+        self._loop.call_soon_threadsafe(self._accept, post)
+
+    async def finish(self) -> None:
+        plan = self._plan
+        await asyncio.sleep(0)  # for what was sent just now
+        if plan.closed:
+            for task in self._tasks:
+                task.cancel()
+        elif plan.open:
+            self._accept(ProgramGrowth(close=True))
+        reader = self._tasks[:1]
+        if reader:
+            await asyncio.wait(reader, timeout=_CLOSE_TIMEOUT_S)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
+
+    def _accept(self, post: Posted) -> None:
+        if isinstance(post, ProgramRequest):
+            self._tasks.append(self._loop.create_task(self._read(post), name="macaw-program"))
+        else:
+            self._growths.append(post)
+            self._grown.set()
+            if len(self._tasks) == 1:
+                self._tasks.append(self._loop.create_task(self._grow(), name="macaw-growth"))
+
+    async def _read(self, request: ProgramRequest) -> None:
+        plan = self._plan
+        try:
+            async with await plan.model._async_program_client().stream_program(request) as events:
+                plan.program_id = events.program_id
+                self._posted.set()
+                async for event in events:
+                    plan.feed(event)
+        except Exception as error:
+            _report(plan, error)
+        finally:
+            plan.end()
+            self._posted.set()
+
+    async def _grow(self) -> None:
+        await self._posted.wait()
+        client = self._plan.model._async_program_client()
+        while True:
+            await self._grown.wait()
+            self._grown.clear()
+            growth, self._growths = _merged(self._growths), []
+            if self._plan.program_id is None or self._plan.closed:
+                continue
+            try:
+                await client.grow(self._plan.program_id, growth)
+            except MacawError as error:
+                _report_growth(self._plan, growth, error)
+
+
+def _merged(parts: Sequence[ProgramGrowth]) -> ProgramGrowth:
+    """Growths that wait for the same connection are one request."""
+    return ProgramGrowth(
+        calls=[call for part in parts for call in part.calls],
+        transforms=[transform for part in parts for transform in part.transforms],
+        targets=[target for part in parts for target in part.targets],
+        close=any(part.close for part in parts),
+    )
 
 
 def _report(plan: Plan, error: Exception) -> None:
     """Models ask for the missing answers one by one, and it is theirs to raise what is wrong."""
     if not plan.closed:
         logger.warning("The chain's program was lost: %r. Its remaining calls are ordinary requests.", error)
+
+
+def _report_growth(plan: Plan, growth: ProgramGrowth, error: MacawError) -> None:
+    plan.lose(growth.calls)
+    if not plan.closed:
+        logger.warning("The chain's program could not grow: %r. Its new calls are ordinary requests.", error)

@@ -6,7 +6,6 @@ write, and raises whatever it likes where it cannot.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, cast
@@ -22,6 +21,7 @@ from langchain_core.runnables import (
     RouterRunnable,
     RunnableAssign,
     RunnableBinding,
+    RunnableBranch,
     RunnableConfig,
     RunnableLambda,
     RunnableParallel,
@@ -31,21 +31,15 @@ from langchain_core.runnables import (
     RunnableWithFallbacks,
 )
 from langchain_core.runnables.base import RunnableBindingBase, RunnableEach
-from langchain_core.runnables.configurable import DynamicRunnable
+from langchain_core.runnables.configurable import DynamicRunnable, RunnableConfigurableAlternatives
+from langchain_core.runnables.history import RunnableWithMessageHistory
 from langchain_core.runnables.retry import RunnableRetry
 
 from langchain_macaw.chat_models import ChatMacaw
-from langchain_macaw.lowering import Lowering, Scope, rule
-from langchain_macaw.sentinel import (
-    OPAQUE,
-    Answer,
-    Deferred,
-    NotStatic,
-    Opaque,
-    StandIns,
-    Variable,
-    is_symbolic,
-)
+from langchain_macaw.lowering import Lowering, Scope
+from langchain_macaw.pending import FAILS, rendered
+from langchain_macaw.registry import contains_model, rule
+from langchain_macaw.sentinel import OPAQUE, Answer, NotStatic, Opaque, Variable, is_symbolic
 from langchain_macaw.templates import RequestTemplate, request_body, request_template
 
 _TAKEN_BY_LANGCHAIN = {
@@ -58,40 +52,63 @@ _TAKEN_BY_LANGCHAIN = {
 # Composition
 
 
-@rule(RunnableSequence)
+@rule(RunnableSequence, parts=("first", "middle", "last"))
 def _sequence(lowering: Lowering, sequence: RunnableSequence[Any, Any], value: Any, scope: Scope) -> Any:
     for i, step in enumerate(sequence.steps):
         value = lowering.lower(step, value, scope if i == 0 else scope.at())
     return value
 
 
-@rule(RunnableParallel)
+@rule(RunnableParallel, parts=("steps__",))
 def _parallel(lowering: Lowering, parallel: RunnableParallel[Any], value: Any, scope: Scope) -> Any:
     return {key: lowering.lower(step, value, scope.at(f"/{key}")) for key, step in parallel.steps__.items()}
 
 
-@rule(RunnableAssign)
+@rule(RunnableAssign, parts=("mapper",))
 def _assign(lowering: Lowering, assign: RunnableAssign, value: Any, scope: Scope) -> Any:
-    assigned = lowering.lower(assign.mapper, value, scope.at())
-    return {**_known_dict(value), **assigned}
+    known = _known_dict(value)
+    return {**known, **lowering.lower(assign.mapper, value, scope.at())}
 
 
-@rule(RunnableEach)
+@rule(RunnableEach, parts=("bound",))
 def _each(lowering: Lowering, each: RunnableEach[Any, Any], value: Any, scope: Scope) -> Any:
     if not isinstance(value, list | tuple):
-        return OPAQUE
+        raise NotStatic("The items of a list are not known ahead.")
     return [
         lowering.lower(each.bound, item, Scope(f"{scope.path}[{i}]", scope.kwargs, scope.configurable))
         for i, item in enumerate(value)
     ]
 
 
-@rule(RouterRunnable)
+@rule(RouterRunnable, parts=("runnables",))
 def _router(lowering: Lowering, router: RouterRunnable[Any], value: Any, scope: Scope) -> Any:
-    return lowering.lower(router.runnables[value["key"]], value["input"], scope.at(f"/{value['key']}"))
+    known = _known_dict(value)
+    return lowering.when(
+        known["key"],
+        lambda key: lowering.lower(router.runnables[key], known["input"], scope.at(f"/{key}")),
+        may_call=contains_model(router),
+    )
 
 
-@rule(RunnableBinding, RunnableRetry)
+@rule(RunnableBranch, parts=("branches", "default"))
+def _branch(lowering: Lowering, branch: RunnableBranch[Any, Any], value: Any, scope: Scope) -> Any:
+    """Conditions are asked one after the other, as natively."""
+
+    def ask(i: int) -> Any:
+        if i == len(branch.branches):
+            return lowering.lower(branch.default, value, Scope(f"{scope.path}/else", scope.kwargs, scope.configurable))
+        condition, runnable = branch.branches[i]
+        chosen = Scope(f"{scope.path}/if{i}", scope.kwargs, scope.configurable)
+        return lowering.when(
+            lowering.lower(condition, value, scope.at(f"/if{i}?")),
+            lambda holds: lowering.lower(runnable, value, chosen) if holds else ask(i + 1),
+            may_call=contains_model(branch),
+        )
+
+    return ask(0)
+
+
+@rule(RunnableBinding, RunnableRetry, RunnableWithMessageHistory, parts=("bound",))
 def _binding(lowering: Lowering, binding: RunnableBindingBase[Any, Any], value: Any, scope: Scope) -> Any:
     """A retry is planned for its first attempt; another attempt is an ordinary request."""
     kwargs = {**binding.kwargs, **scope.kwargs}
@@ -99,16 +116,18 @@ def _binding(lowering: Lowering, binding: RunnableBindingBase[Any, Any], value: 
     return lowering.lower(binding.bound, value, Scope(scope.path, kwargs, configurable))
 
 
-@rule(DynamicRunnable)
+@rule(RunnableConfigurableAlternatives, parts=("default", "alternatives"))
+@rule(DynamicRunnable, whole=True)
 def _configurable(lowering: Lowering, dynamic: DynamicRunnable[Any, Any], value: Any, scope: Scope) -> Any:
     runnable, config = dynamic.prepare(RunnableConfig(configurable=dict(scope.configurable)))
     return lowering.lower(runnable, value, Scope(scope.path, scope.kwargs, config.get("configurable", {})))
 
 
-@rule(RunnableWithFallbacks)
+@rule(RunnableWithFallbacks, parts=("runnable", "fallbacks"))
 def _with_fallbacks(lowering: Lowering, runnable: RunnableWithFallbacks[Any, Any], value: Any, scope: Scope) -> Any:
-    """The first choice is planned; a fallback runs natively."""
-    return lowering.lower(runnable.runnable, value, scope)
+    """The first choice is planned, and a fallback if it is known that what comes before it fails."""
+    results = (lowering.lower(choice, value, scope) for choice in runnable.runnables)
+    return next((result for result in results if result is not FAILS), FAILS)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -129,19 +148,18 @@ def _pick(lowering: Lowering, pick: RunnablePick, value: Any, scope: Scope) -> A
     return {key: known[key] for key in pick.keys if key in known} or None
 
 
-@rule(RunnableLambda)
-def _lambda(lowering: Lowering, step: RunnableLambda[Any, Any], value: Any, scope: Scope) -> Any:
+def _moves_values(step: RunnableLambda[Any, Any]) -> bool:
     """Of all functions, `operator.itemgetter` is the one that is known not to look at what it moves."""
-    function = getattr(step, "func", None)
-    if type(function) is not operator.itemgetter or hasattr(step, "afunc") or scope.kwargs:
-        return OPAQUE
-    return function(value)
+    return type(getattr(step, "func", None)) is operator.itemgetter and not hasattr(step, "afunc")
 
 
-@rule(StrOutputParser)
+@rule(RunnableLambda, applies=_moves_values)
+def _itemgetter(lowering: Lowering, step: RunnableLambda[Any, Any], value: Any, scope: Scope) -> Any:
+    return step.func(value, **scope.kwargs)
+
+
+@rule(StrOutputParser, applies=lambda parser: type(parser) is StrOutputParser)  # a subclass may read the text
 def _text(lowering: Lowering, parser: StrOutputParser, value: Any, scope: Scope) -> Any:
-    if type(parser) is not StrOutputParser:  # a subclass may read the text
-        return OPAQUE
     match value:
         case Answer(variable):
             return variable
@@ -149,27 +167,20 @@ def _text(lowering: Lowering, parser: StrOutputParser, value: Any, scope: Scope)
             return value
         case BaseMessage():
             return parser.parse_result([ChatGeneration(message=value)])
-    return OPAQUE
+    raise NotStatic("The text of an answer is not known ahead.")
 
 
-@rule(BasePromptTemplate)
-def _prompt(lowering: Lowering, prompt: BasePromptTemplate[Any], value: Any, scope: Scope) -> Any:
-    if _selects_examples(prompt):
-        return OPAQUE
-    if not is_symbolic(value):
-        return prompt._format_prompt_with_error_handling(value)
-
-    @functools.cache  # several models may read this prompt
-    def build(stand_ins: StandIns) -> Any:
-        return prompt._format_prompt_with_error_handling(stand_ins.fill(value))
-
-    return Deferred(build)
-
-
-def _selects_examples(prompt: Any) -> bool:
+def _selects_no_examples(prompt: Any) -> bool:
     """An example selector may be a search in a vector store: a client step inside a prompt."""
     fields = vars(prompt)  # getattr() for a field that is not there is slow in pydantic
-    return fields.get("example_selector") is not None or any(map(_selects_examples, fields.get("messages") or ()))
+    return fields.get("example_selector") is None and all(map(_selects_no_examples, fields.get("messages") or ()))
+
+
+@rule(BasePromptTemplate, applies=_selects_no_examples)
+def _prompt(lowering: Lowering, prompt: BasePromptTemplate[Any], value: Any, scope: Scope) -> Any:
+    if isinstance(value, Opaque):
+        raise NotStatic("The variables of a prompt are not known ahead.")
+    return rendered(prompt._format_prompt_with_error_handling, value)
 
 
 def _known_dict(value: Any) -> Mapping[str, Any]:
@@ -182,9 +193,11 @@ def _known_dict(value: Any) -> Mapping[str, Any]:
 # Models
 
 
-@rule(ChatMacaw)
+@rule(ChatMacaw, whole=True)
 def _model(lowering: Lowering, model: ChatMacaw, value: Any, scope: Scope) -> Any:
-    if isinstance(value, Opaque) or not model._can_join(lowering.model):
+    if isinstance(value, Opaque):
+        raise NotStatic("The input of a model is not known ahead.")
+    if not model._can_join(lowering.model):
         return OPAQUE
     kwargs = {name: arg for name, arg in scope.kwargs.items() if name not in _TAKEN_BY_LANGCHAIN}
     if is_symbolic(value):

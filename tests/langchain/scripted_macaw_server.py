@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +29,7 @@ from macaw.errors import (
     CancelledError,
     ContextLengthError,
     EngineFailedError,
+    InvalidProgramError,
     InvalidRequestError,
     MacawError,
 )
@@ -43,7 +44,9 @@ from macaw.protocol import (
     ProgramCompleted,
     ProgramCreated,
     ProgramFailed,
+    ProgramGrowth,
     ProgramRequest,
+    ProgramState,
     TextPart,
     Totals,
     VariableResolved,
@@ -55,8 +58,9 @@ class Recorder:
 
     Attributes:
         prompts: Every request's concrete prompt and parameters, as canonical JSON, however it came.
-        requests: How many "chat" and "program" requests there were.
+        requests: How many "chat", "program" and "growth" requests there were.
         programs: The program requests.
+        growths: What they grew by.
         cancelled: Ids of programs that were stopped by their client.
         down: Refuse programs, as another OpenAI-compatible server would.
     """
@@ -65,6 +69,7 @@ class Recorder:
         self.prompts: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.programs: list[ProgramRequest] = []
+        self.growths: list[ProgramGrowth] = []
         self.cancelled: list[str] = []
         self.cancellation = threading.Event()
         self.down = False
@@ -109,10 +114,12 @@ class ScriptedServer:
         self.recorder = recorder
         self.count = 0
         self.running: dict[str, asyncio.Task[None]] = {}
+        self.growing: dict[str, asyncio.Queue[ProgramGrowth]] = {}
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/programs", self.program, methods=["POST"]),
+                Route("/v1/programs/{id}/calls", self.grow, methods=["POST"]),
                 Route("/v1/programs/{id}", self.cancel, methods=["DELETE"]),
             ]
         )
@@ -169,6 +176,7 @@ class ScriptedServer:
         self.recorder.programs.append(program)
         program_id = f"prog-{len(self.recorder.programs)}"
         events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.growing[program_id] = asyncio.Queue()
         self.running[program_id] = asyncio.create_task(self.run(program_id, program, events))
         return StreamingResponse(self.send(program_id, events), media_type="text/event-stream")
 
@@ -183,6 +191,29 @@ class ScriptedServer:
         finally:
             self.stop(program_id)
 
+    async def grow(self, request: Request) -> Response:
+        self.recorder.requests["growth"] += 1
+        program_id = request.path_params["id"]
+        growth = ProgramGrowth.model_validate_json(await request.body())
+        if self.recorder.down or self.running[program_id].done():
+            return failure(InvalidProgramError(f"Program {program_id!r} has ended."))
+        self.recorder.growths.append(growth)
+        self.growing[program_id].put_nowait(growth)
+        state = ProgramState(
+            id=program_id,
+            status="running",
+            model="m",
+            calls=[],
+            transforms=[],
+            targets=[],
+            variables={},
+            critical_path=[],
+            totals=Totals(),
+            duration_ms=1.0,
+            metadata={},
+        )
+        return JSONResponse(state.model_dump(mode="json"))
+
     async def cancel(self, request: Request) -> Response:
         self.stop(request.path_params["id"])
         return Response(status_code=204)
@@ -195,8 +226,7 @@ class ScriptedServer:
     async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
         loop = asyncio.get_running_loop()
-        names = [c.output for c in program.calls] + [t.output for t in program.transforms]
-        values: dict[str, asyncio.Future[str]] = {name: loop.create_future() for name in names}
+        values: defaultdict[str, asyncio.Future[str]] = defaultdict(loop.create_future)
         limit = asyncio.Semaphore(program.max_concurrency or 1000)
 
         async def run_call(call: Any) -> None:
@@ -232,15 +262,26 @@ class ScriptedServer:
 
         end: Event
         try:
+            targets, is_open, part = (
+                [*program.targets],
+                program.open,
+                ProgramGrowth(calls=program.calls, transforms=program.transforms),
+            )
             async with asyncio.TaskGroup() as group:
-                for call in program.calls:
-                    group.create_task(run_call(call))
-                for transform in program.transforms:
-                    group.create_task(run_transform(transform))
+                while True:
+                    for call in part.calls:
+                        group.create_task(run_call(call))
+                    for transform in part.transforms:
+                        group.create_task(run_transform(transform))
+                    if not is_open:
+                        break
+                    part = await self.growing[program_id].get()
+                    targets += part.targets
+                    is_open = not part.close
             errors = [error for value in values.values() if (error := value.exception())]
             variables = {
                 target.variable: values[target.variable].result()
-                for target in program.targets
+                for target in targets
                 if not values[target.variable].exception()
             }
             common: dict[str, Any] = {

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import pickle
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -15,16 +14,12 @@ import openai
 import pytest
 from chain_corpus import CHUNKS, TEXT, chat, map_reduce_mustache, parallel
 from langchain_core.caches import InMemoryCache
-from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.runnables import (
     Runnable,
-    RunnableBranch,
-    RunnableGenerator,
     RunnableLambda,
     RunnableParallel,
     RunnablePassthrough,
 )
-from langchain_core.tools import tool
 from scripted_macaw_server import Recorder
 
 import langchain_macaw
@@ -43,79 +38,6 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 def test_exports() -> None:
     assert langchain_macaw.__all__ == ["ChatMacaw", "autocompile", "compile"]
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Client steps
-
-
-class Count:
-    """How often each client step ran."""
-
-    def __init__(self) -> None:
-        self.ran: Counter[str] = Counter()
-
-    def step(self, name: str) -> RunnableLambda[Any, Any]:
-        def run(value: Any) -> Any:
-            self.ran[name] += 1
-            return value
-
-        return RunnableLambda(run)
-
-
-def upper(text: Iterator[str]) -> Iterator[str]:
-    for chunk in text:
-        yield chunk.upper()
-
-
-@tool
-def shout(text: str) -> str:
-    """Say it louder."""
-    return f"{text}!"
-
-
-def client_chains(llm: ChatMacaw, count: Count) -> dict[str, tuple[Runnable[Any, Any], int]]:
-    """Chains with client steps, and how many of their calls can be planned."""
-    ask = chat("Ask {x}") | llm | TEXT
-    branch = RunnableBranch((lambda x: "zzz" in x, chat("No {x}") | llm), chat("Yes {x}") | llm)
-    return {
-        "before": (count.step("a") | ask, 0),
-        "behind": (ask | count.step("a"), 1),
-        "between": (ask | count.step("a") | chat("Then {y}") | llm | TEXT | count.step("b"), 1),
-        "beside": (RunnableParallel(x=ask, c=count.step("a")) | chat("{x} {c}") | llm, 1),
-        "unused": (RunnableParallel(x=ask, c=count.step("a")) | chat("Only {x}") | llm, 2),
-        "assigned": (RunnablePassthrough.assign(c=count.step("a")) | chat("{x}: {c}") | llm, 0),
-        "in_a_map": ((ask | count.step("a") | chat("Then {y}") | llm).map(), 2),
-        "before_a_map": (count.step("a") | ask.map(), 0),
-        "generator": (ask | RunnableGenerator(upper) | chat("Louder {y}") | llm, 1),
-        "tool": (ask | (lambda text: {"text": text}) | shout | chat("Tool {y}") | llm, 1),
-        "branch": (ask | branch | TEXT | count.step("a"), 1),
-        "json": (chat("{x} as JSON") | llm | JsonOutputParser() | chat("{name}, {length}") | llm, 1),
-        "template_that_reads": (ask | chat("{{ y | upper }} {{ y | length }}", "jinja2") | llm, 1),
-    }
-
-
-INPUTS: dict[str, Any] = {"in_a_map": [{"x": "1"}, {"x": "2"}], "before_a_map": [{"x": "1"}, {"x": "2"}]}
-
-
-@pytest.mark.parametrize("name", client_chains(ChatMacaw(model="m"), Count()))
-def test_client_steps_run_once(name: str, llm: ChatMacaw, recorder: Recorder) -> None:
-    count = Count()
-    chain, num_planned = client_chains(llm, count)[name]
-    value = INPUTS.get(name, {"x": "1"})
-    expected = chain.invoke(value)
-    native, prompts = count.ran, recorder.prompts
-    count.ran = Counter()
-    recorder.clear()
-    output = compile(chain).invoke(value)
-    assert TEXT.map().invoke(output if isinstance(output, list) else [output]) == TEXT.map().invoke(
-        expected if isinstance(expected, list) else [expected]
-    )
-    assert count.ran == native
-    assert recorder.prompts == prompts
-    assert recorder.requests["chat"] == prompts.total() - num_planned
-    assert recorder.requests["program"] == (num_planned > 0)
-    assert sum(len(program.calls) for program in recorder.programs) == num_planned
 
 
 def test_whole_message_in_text_is_left_to_native_execution(
@@ -310,7 +232,7 @@ def test_no_server_raises_what_it_raises_natively() -> None:
 def test_planner_failure_runs_natively_and_says_so_once(
     llm: ChatMacaw, recorder: Recorder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Lowering, "plan", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(Lowering, "drain", lambda *args, **kwargs: 1 / 0)
     chain = compile(chat("{x}") | llm | TEXT)
     assert chain.invoke({"x": "1"}) == chain.invoke({"x": "1"})
     assert recorder.requests == {"chat": 2}
