@@ -1,6 +1,7 @@
 """LangChain on Macaw: `ChatMacaw` instead of `ChatOpenAI`; `compile` sends a chain's calls as one program."""
 
+from langchain_macaw.autocompile import autocompile
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.compile import compile
 
-__all__ = ["ChatMacaw", "compile"]
+__all__ = ["ChatMacaw", "autocompile", "compile"]

@@ -172,9 +172,8 @@ def _text(lowering: Lowering, parser: StrOutputParser, value: Any, scope: Scope)
 
 def _selects_no_examples(prompt: Any) -> bool:
     """An example selector may be a search in a vector store: a client step inside a prompt."""
-    if getattr(prompt, "example_selector", None) is not None:
-        return False
-    return all(_selects_no_examples(message) for message in getattr(prompt, "messages", []))
+    fields = vars(prompt)  # getattr() for a field that is not there is slow in pydantic
+    return fields.get("example_selector") is None and all(map(_selects_no_examples, fields.get("messages") or ()))
 
 
 @rule(BasePromptTemplate, applies=_selects_no_examples)

@@ -12,7 +12,7 @@ import pytest
 from conftest import TENANTS
 from macaw import MacawClient, MacawError, ProgramBuilder
 from macaw.protocol import CallCompleted, CallDelta, CallStarted, ProgramCompleted, ProgramRequest
-from macaw_server.serve import LocalServer
+from macaw_server.serve import LocalServer, bind
 
 GREEDY = {"temperature": 0, "max_tokens": 16}
 
@@ -174,6 +174,12 @@ def test_a_failed_call_names_the_root_and_other_branches_go_on(client: MacawClie
         "after": "failed",
         "good": "completed",
     }
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """asyncio turns Nagle's algorithm off for sockets that say their protocol, and accepted ones say the listener's."""
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_in_use_is_said(local_server: LocalServer) -> None:

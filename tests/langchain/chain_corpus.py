@@ -1,4 +1,8 @@
-"""Chains to compare compiled and native execution on. All their calls are known ahead: one program each."""
+"""Chains to compare compiled and native execution on. All their calls are known ahead: one program each.
+
+Chains with client steps are in `chain_corpus_steps`, chains of documents and legacy ones in
+`chain_corpus_documents`.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +37,21 @@ CHUNKS = [{"text": f"chunk {i} of {{braces}} & <tags>"} for i in range(5)]
 
 @dataclass(frozen=True)
 class Case:
-    """A chain, an input for it, and how many calls it makes."""
+    """A chain, an input for it, and how many calls it makes.
+
+    Attributes:
+        static: All calls are known ahead: the chain is one program request.
+        raises: It ends in an exception. Which calls come before that is a matter of chance.
+        sequential: Its runs read what earlier ones left behind, so they cannot be compared side by side.
+    """
 
     name: str
     build: Callable[[ChatMacaw], Runnable[Any, Any]]
     input: Any
     num_calls: int
+    static: bool = True
+    raises: bool = False
+    sequential: bool = False
 
 
 def chat(template: str, template_format: Any = "f-string") -> ChatPromptTemplate:

@@ -313,7 +313,10 @@ def failure(error: MacawError) -> Response:
 @contextmanager
 def serving(recorder: Recorder) -> Iterator[str]:
     """Serve on a free local port; the value is the base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:  # listens before the server does: nothing to wait for
+    # Not `create_server`: asyncio turns Nagle's algorithm off only where the protocol is given.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # before the server does: nothing to wait for
         config = uvicorn.Config(ScriptedServer(recorder).app, log_level="warning", ws="none", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
