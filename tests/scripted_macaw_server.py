@@ -50,6 +50,9 @@ from macaw.protocol import (
     VariableResolved,
 )
 
+MODEL = {"max_model_len": 4096, "has_chat_template": True}
+"""What the server says of its model."""
+
 
 class Recorder:
     """What the server saw.
@@ -61,6 +64,8 @@ class Recorder:
         cancelled: Ids of programs that were stopped by their client.
         down: Refuse programs, as another OpenAI-compatible server would.
         script: Answers a prompt in its own way, where it does not return None; it may raise a `MacawError`.
+        hints: The field `macaw` of the chats and completions that had it, in the order of their arrival.
+        model_reads: How often the models were asked for.
         peak: Most calls that were in flight at the same time.
     """
 
@@ -72,6 +77,8 @@ class Recorder:
         self.cancellation = threading.Event()
         self.down = False
         self.script: Callable[[str], str | None] = lambda prompt: None
+        self.hints: list[dict[str, Any]] = []
+        self.model_reads = 0
         self.in_flight = self.peak = 0
 
     @contextmanager
@@ -94,7 +101,7 @@ class Recorder:
         The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this
         prompt comes, JSON answers an object.
         """
-        seen = request.model_copy(update={"stream": None, "stream_options": None})
+        seen = request.model_copy(update={"stream": None, "stream_options": None, "macaw": None})
         canonical = seen.model_dump(exclude_none=True)
         prompt = prompt_of(request)
         if isinstance(request, CompletionRequest):
@@ -138,6 +145,7 @@ class ScriptedServer:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completion, methods=["POST"]),
+                Route("/v1/models", self.models, methods=["GET"]),
                 Route("/v1/programs", self.program, methods=["POST"]),
                 Route("/v1/programs/{id}", self.cancel, methods=["DELETE"]),
             ]
@@ -151,9 +159,16 @@ class ScriptedServer:
         self.recorder.requests["completion"] += 1
         return await self.respond(CompletionRequest, request)
 
+    async def models(self, request: Request) -> Response:
+        self.recorder.model_reads += 1
+        model = {"id": "m", "object": "model", "created": 1, "owned_by": "macaw"}
+        return JSONResponse({"object": "list", "data": [{**model, **MODEL}]})
+
     async def respond(self, kind: type[ChatCompletionRequest | CompletionRequest], request: Request) -> Response:
         try:
             body = kind.model_validate_json(await request.body())
+            if body.macaw:
+                self.recorder.hints.append(body.macaw.model_dump(exclude_none=True))
             with self.recorder.flying():
                 completion, chunks = self.complete(body)
                 await asyncio.sleep(0)
