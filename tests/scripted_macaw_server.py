@@ -1,4 +1,4 @@
-"""A server that answers chats and programs by a fixed function of the prompt, and notes what it saw.
+"""A server that answers chats, completions and programs by a fixed function of the prompt, and notes what it saw.
 
 It validates requests with the wire types and executes programs as the protocol says; only the model is made
 up. The last word of a prompt can steer it: see `Recorder.answer`.
@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ from macaw.protocol import (
     CallFailed,
     CallTimings,
     ChatCompletionRequest,
+    CompletionRequest,
     ErrorBody,
     Event,
     ProgramCompleted,
@@ -55,10 +56,12 @@ class Recorder:
 
     Attributes:
         prompts: Every request's concrete prompt and parameters, as canonical JSON, however it came.
-        requests: How many "chat" and "program" requests there were.
+        requests: How many "chat", "completion" and "program" requests there were.
         programs: The program requests.
         cancelled: Ids of programs that were stopped by their client.
         down: Refuse programs, as another OpenAI-compatible server would.
+        script: Answers a prompt in its own way, where it does not return None; it may raise a `MacawError`.
+        peak: Most calls that were in flight at the same time.
     """
 
     def __init__(self) -> None:
@@ -68,12 +71,24 @@ class Recorder:
         self.cancelled: list[str] = []
         self.cancellation = threading.Event()
         self.down = False
+        self.script: Callable[[str], str | None] = lambda prompt: None
+        self.in_flight = self.peak = 0
+
+    @contextmanager
+    def flying(self) -> Iterator[None]:
+        """Count a call as in flight."""
+        self.in_flight += 1
+        self.peak = max(self.peak, self.in_flight)
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
 
     def clear(self) -> None:
         """Forget everything."""
         self.__init__()  # type: ignore[misc]
 
-    def answer(self, request: ChatCompletionRequest) -> str:
+    def answer(self, request: ChatCompletionRequest | CompletionRequest) -> str:
         """A few words made of the prompt, with characters that templates treat in their own way.
 
         The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this
@@ -81,10 +96,15 @@ class Recorder:
         """
         seen = request.model_copy(update={"stream": None, "stream_options": None})
         canonical = seen.model_dump(exclude_none=True)
-        canonical["messages"] = [{"role": m.role, "content": text_of(m)} for m in request.messages]
+        prompt = prompt_of(request)
+        if isinstance(request, CompletionRequest):
+            canonical["prompt"] = prompt
+        else:
+            canonical["messages"] = [{"role": m.role, "content": text_of(m)} for m in request.messages]
         key = json.dumps(canonical, sort_keys=True)
         self.prompts[key] += 1
-        prompt = text_of(request.messages[-1])
+        if (scripted := self.script(prompt)) is not None:
+            return scripted
         if prompt.endswith("TOOLONG"):
             raise ContextLengthError("Context of 12 tokens is over the model's 10. Shorten the prompt.")
         if prompt.endswith("FLAKY") and self.prompts[key] == 1:
@@ -102,6 +122,11 @@ def text_of(message: Any) -> str:
     return "".join(part.text for part in message.parts)
 
 
+def prompt_of(request: ChatCompletionRequest | CompletionRequest) -> str:
+    """The text that the model answers to: the last message, or the prompt."""
+    return text_of(request if isinstance(request, CompletionRequest) else request.messages[-1])
+
+
 class ScriptedServer:
     """The ASGI application."""
 
@@ -112,6 +137,7 @@ class ScriptedServer:
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/completions", self.completion, methods=["POST"]),
                 Route("/v1/programs", self.program, methods=["POST"]),
                 Route("/v1/programs/{id}", self.cancel, methods=["DELETE"]),
             ]
@@ -119,9 +145,18 @@ class ScriptedServer:
 
     async def chat(self, request: Request) -> Response:
         self.recorder.requests["chat"] += 1
+        return await self.respond(ChatCompletionRequest, request)
+
+    async def completion(self, request: Request) -> Response:
+        self.recorder.requests["completion"] += 1
+        return await self.respond(CompletionRequest, request)
+
+    async def respond(self, kind: type[ChatCompletionRequest | CompletionRequest], request: Request) -> Response:
         try:
-            body = ChatCompletionRequest.model_validate_json(await request.body())
-            completion, chunks = self.complete(body)
+            body = kind.model_validate_json(await request.body())
+            with self.recorder.flying():
+                completion, chunks = self.complete(body)
+                await asyncio.sleep(0)
         except ValidationError as error:
             return failure(InvalidRequestError(str(error)))
         except MacawError as error:
@@ -133,22 +168,26 @@ class ScriptedServer:
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
         return StreamingResponse(iter(lines), media_type="text/event-stream")
 
-    def complete(self, request: ChatCompletionRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def complete(
+        self, request: ChatCompletionRequest | CompletionRequest
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A completion and its chunks, in OpenAI's form."""
         text = self.recorder.answer(request)
         self.count += 1
         head = {"id": f"chatcmpl-{self.count}", "created": 1, "model": request.model}
-        num_prompt, num_out = sum(len(text_of(m)) for m in request.messages), len(text.split(" "))
+        num_prompt, num_out = sum(len(part.text) for part in request.parts), len(text.split(" "))
         usage = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_out,
             "total_tokens": num_prompt + num_out,
             "prompt_tokens_details": {"cached_tokens": num_prompt // 2},
         }
+        words = re.findall(r"\S*\s*", text)[:-1]
+        if isinstance(request, CompletionRequest):
+            return self.text_completion({**head, "id": f"cmpl-{self.count}"}, text, words, usage)
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
         completion = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-        words = re.findall(r"\S*\s*", text)[:-1]
         deltas: list[tuple[dict[str, Any], str | None]] = [({"role": "assistant", "content": ""}, None)]
         deltas += [({"content": word}, None) for word in words] + [({}, "stop")]
         chunks = [
@@ -160,6 +199,16 @@ class ScriptedServer:
             for delta, reason in deltas
         ]
         return completion, chunks
+
+    @staticmethod
+    def text_completion(
+        head: dict[str, Any], text: str, words: list[str], usage: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        head["object"] = "text_completion"
+        choices = [{"index": 0, "text": word, "finish_reason": None, "logprobs": None} for word in words]
+        choices.append({"index": 0, "text": "", "finish_reason": "stop", "logprobs": None})
+        chunks = [{**head, "choices": [choice]} for choice in choices]
+        return {**head, "choices": [{**choices[-1], "text": text}], "usage": usage}, chunks
 
     async def program(self, request: Request) -> Response:
         self.recorder.requests["program"] += 1
@@ -202,13 +251,13 @@ class ScriptedServer:
         async def run_call(call: Any) -> None:
             try:
                 known = {name: await values[name] for name in call.inputs}
-                messages = [
-                    message.model_copy(update={"content": render(message, known)}) for message in call.request.messages
-                ]
+                request = fill(call.request, known)
                 async with limit:
-                    if text_of(messages[-1]).endswith("HOLD"):
-                        await asyncio.Event().wait()
-                    completion, chunks = self.complete(call.request.model_copy(update={"messages": messages}))
+                    with self.recorder.flying():
+                        if prompt_of(request).endswith("HOLD"):
+                            await asyncio.Event().wait()
+                        completion, chunks = self.complete(request)
+                        await asyncio.sleep(0)
                     for chunk in chunks:
                         events.put_nowait(CallDelta(call_id=call.id, chunk=chunk))
                         await asyncio.sleep(0)
@@ -218,15 +267,22 @@ class ScriptedServer:
                 values[call.output].set_exception(error)
                 return
             events.put_nowait(CallCompleted(call_id=call.id, completion=completion, timings=CallTimings()))
-            text = completion["choices"][0]["message"]["content"]
+            choice = completion["choices"][0]
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
             events.put_nowait(VariableResolved(variable=call.output, value=text))
             values[call.output].set_result(text)
 
         async def run_transform(transform: Any) -> None:
-            assert transform.op == "html_escape"
             try:
-                value = await values[transform.inputs[0]]
-                values[transform.output].set_result(html.escape(value, quote=False).replace('"', "&quot;"))
+                inputs = [await values[name] for name in transform.inputs]
+                if transform.op == "join":
+                    assert transform.args["strip"]
+                    assert transform.args["drop_blank"]
+                    output = transform.args["separator"].join(text.strip() for text in inputs if text.strip())
+                else:
+                    assert transform.op == "html_escape"
+                    output = html.escape(inputs[0], quote=False).replace('"', "&quot;")
+                values[transform.output].set_result(output)
             except MacawError as error:
                 values[transform.output].set_exception(error)
 
@@ -259,6 +315,14 @@ class ScriptedServer:
             end = ProgramFailed(program_id=program_id, variables={}, totals=Totals(), duration_ms=1.0, error=error)
         events.put_nowait(end)
         events.put_nowait(None)
+
+
+def fill(request: Any, known: dict[str, str]) -> Any:
+    """`request` with the values of its variables."""
+    if isinstance(request, CompletionRequest):
+        return request.model_copy(update={"prompt": render(request, known)})
+    messages = [message.model_copy(update={"content": render(message, known)}) for message in request.messages]
+    return request.model_copy(update={"messages": messages})
 
 
 def render(message: Any, known: dict[str, str]) -> str:
