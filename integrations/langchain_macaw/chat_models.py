@@ -15,8 +15,8 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, SecretStr, model_validator
 
 from langchain_macaw.completions import AsyncReplayingCompletions, ReplayingCompletions
-from langchain_macaw.connections import shared_async_client, shared_client
 from macaw import AsyncMacawClient, MacawClient
+from macaw.connections import shared_async_client, shared_client
 
 _SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
 """Fields of the protocol that OpenAI's API, and so its client, does not have."""

@@ -15,7 +15,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile
-from langchain_macaw.connections import shared_async_client
+from macaw.connections import shared_async_client
 from macaw.protocol import ChatCompletionRequest
 
 EVERYTHING: dict[str, Any] = {
