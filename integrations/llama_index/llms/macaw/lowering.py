@@ -64,11 +64,7 @@ class Lowering:
 
     def complete(self, llm: Macaw, prompt: str, name: str) -> str:
         """Plan what ``llm.complete(prompt, formatted=True)`` of a completion model asks for; see `predict`."""
-        if llm.max_tokens is None and llm._tokenizer is not None and self._nonce in prompt:
-            raise NotStatic("max_tokens depends on the length of an answer.")
-        body = {"prompt": prompt, **llm._get_model_kwargs()}
-        llm._update_max_tokens(body, prompt)
-        return self._add(llm, body, name)
+        return self._add(llm, {"prompt": prompt, **llm._get_model_kwargs()}, name)
 
     def join(self, stand_ins: Sequence[str], separator: str) -> str:
         """A stand-in for the answers that are not blank, stripped, with `separator` between."""
