@@ -158,10 +158,10 @@ def _is_retried(event: CallEvent, client: openai.OpenAI | openai.AsyncOpenAI) ->
 
 def _raise_failure(event: CallEvent | None, client: openai.OpenAI | openai.AsyncOpenAI) -> None:
     """Raise what `openai`'s client raises natively, if the call has no answer or only half of one."""
-    request = httpx.Request("POST", f"{client.base_url}chat/completions")
+    request: Any = httpx.Request("POST", f"{client.base_url}chat/completions")
     if event is None:
         message = "The connection broke before the answer was complete."
-        raise openai.APIConnectionError(message=message, request=request)  # type: ignore[arg-type]
+        raise openai.APIConnectionError(message=message, request=request)
     if isinstance(event, CallFailed):
         body = {"error": event.error.model_dump()}
         response: Any = httpx.Response(_status(event.error), json=body, request=request)
