@@ -94,7 +94,7 @@ class Recorder:
         The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this
         prompt comes, JSON answers an object.
         """
-        seen = request.model_copy(update={"stream": None, "stream_options": None})
+        seen = request.model_copy(update={"stream": None, "stream_options": None, "macaw": None})
         canonical = seen.model_dump(exclude_none=True)
         prompt = prompt_of(request)
         if isinstance(request, CompletionRequest):

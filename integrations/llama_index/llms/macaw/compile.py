@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from llama_index.core.query_engine import (
@@ -28,6 +29,9 @@ from llama_index.llms.macaw.packing import remembering, splitting_once
 from llama_index.llms.macaw.running import CURRENT_RUN, AsyncPlannedStream, Lowered, PlannedStream, Run
 
 T = TypeVar("T")
+
+HAS_PIPELINES = find_spec("llama_index.core.query_pipeline") is not None
+"""`QueryPipeline` was removed in llama-index-core 0.13."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,13 @@ def _compile(x: Any) -> Any:
         return _compile_synthesizer(x)
     if type(x) in _PARTS:
         return _compile_engine(x)
+    if HAS_PIPELINES:
+        from llama_index.llms.macaw import pipeline
+
+        if isinstance(x, pipeline.CompiledPipeline):
+            return x
+        if type(x) is pipeline.QueryPipeline:
+            return pipeline.compile_pipeline(x)
     kinds = ", ".join(kind.__name__ for kind in _PARTS)
     raise _NotCompiled(f"{type(x).__name__} is neither a response synthesizer nor one of {kinds}")
 
@@ -90,8 +101,8 @@ def _compile_synthesizer(x: BaseSynthesizer) -> BaseSynthesizer:
     if isinstance(compiled, Refine):
         compiled._program_factory = compiled._default_program_factory
     compiled._prompt_helper = remembering(x._prompt_helper)
-    vars(compiled)["get_response"] = functools.partial(get_response, compiled)
-    vars(compiled)["aget_response"] = functools.partial(aget_response, compiled)
+    vars(compiled)["get_response"] = functools.partial(get_response, type(x).get_response, compiled)
+    vars(compiled)["aget_response"] = functools.partial(aget_response, type(x).aget_response, compiled)
     return compiled
 
 
@@ -131,16 +142,15 @@ def _same(old: Any, new: Any) -> bool:
     return old is new
 
 
-def get_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
-    """`get_response` of the synthesizer's class, answered from a program."""
-    native = functools.partial(type(synthesizer).get_response, synthesizer, *args, **kwargs)
+def get_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
+    """``native(synthesizer, ...)``, answered from a program."""
     with splitting_once() as splits:
         run = _prepare(synthesizer, args, kwargs, asynchronous=False)
         splits.recording = False
         if run is None:
-            return native()
+            return native(synthesizer, *args, **kwargs)
         try:
-            response = run.call(native)
+            response = run.call(native, synthesizer, *args, **kwargs)
         except BaseException:
             run.close()
             raise
@@ -150,16 +160,15 @@ def get_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any
     return response
 
 
-async def aget_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
-    """`aget_response` of the synthesizer's class, answered from a program."""
-    native = functools.partial(type(synthesizer).aget_response, synthesizer, *args, **kwargs)
+async def aget_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
+    """``await native(synthesizer, ...)``, answered from a program."""
     with splitting_once() as splits:
         run = _prepare(synthesizer, args, kwargs, asynchronous=True)
         splits.recording = False
         if run is None:
-            return await native()
+            return await native(synthesizer, *args, **kwargs)
         try:
-            response = await run.acall(native())
+            response = await run.acall(native(synthesizer, *args, **kwargs))
         except BaseException:
             await run.aclose()
             raise

@@ -54,12 +54,14 @@ def splitting_once() -> Iterator[Splits]:
 def remembering(helper: PromptHelper) -> PromptHelper:
     """A copy of a prompt helper that splits as `splitting_once` says."""
     helper = copy.copy(helper)
-    vars(helper)["get_text_splitter_given_prompt"] = functools.partial(_splitter, helper)
+    native = type(helper).get_text_splitter_given_prompt
+    vars(helper)["get_text_splitter_given_prompt"] = functools.partial(get_splitter, native, helper)
     return helper
 
 
-def _splitter(helper: PromptHelper, *args: Any, **kwargs: Any) -> Any:
-    splitter = type(helper).get_text_splitter_given_prompt(helper, *args, **kwargs)
+def get_splitter(native: Callable[..., Any], helper: PromptHelper, *args: Any, **kwargs: Any) -> Any:
+    """``native(helper, ...)``, which is a splitter, to split as `splitting_once` says."""
+    splitter = native(helper, *args, **kwargs)
     splits = _CURRENT.get()
     if splits is not None:
         kind = (type(splitter), splitter.chunk_size, splitter.chunk_overlap, splitter.separator)

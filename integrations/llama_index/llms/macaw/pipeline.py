@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
@@ -113,6 +113,16 @@ def compile_pipeline(pipeline: QueryPipeline) -> CompiledPipeline:
         warnings.simplefilter("ignore", DeprecationWarning)
         fields = {name: getattr(pipeline, name) for name in type(pipeline).model_fields}
         return CompiledPipeline.model_construct(**fields)
+
+
+def run_multi(native: Callable[..., Any], pipeline: QueryPipeline, *args: Any, **kwargs: Any) -> Any:
+    """``native(pipeline, ...)``, compiled; for `autocompile`."""
+    return compile_pipeline(pipeline)._run_multi(*args, **kwargs)
+
+
+async def arun_multi(native: Callable[..., Any], pipeline: QueryPipeline, *args: Any, **kwargs: Any) -> Any:
+    """The asynchronous `run_multi`."""
+    return await compile_pipeline(pipeline)._arun_multi(*args, **kwargs)
 
 
 def _outputs(lowering: Lowering, key: str, module: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
