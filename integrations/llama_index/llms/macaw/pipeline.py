@@ -8,7 +8,6 @@ what has become known behind it is the next program.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -18,9 +17,9 @@ from llama_index.core.prompts.base import PromptComponent  # type: ignore[attr-d
 from llama_index.core.query_pipeline import (  # type: ignore[import-not-found]
     ArgPackComponent,
     InputComponent,
-    KwargPackComponent,
     QueryPipeline,
 )
+from llama_index.core.query_pipeline.components.argpacks import KwargPackComponent  # type: ignore[import-not-found]
 from llama_index.core.query_pipeline.query import RunState  # type: ignore[import-not-found]
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering
@@ -109,10 +108,10 @@ class CompiledPipeline(QueryPipeline):  # type: ignore[misc]
 
 def compile_pipeline(pipeline: QueryPipeline) -> CompiledPipeline:
     """A compiled copy."""
-    with warnings.catch_warnings():  # that the class is deprecated was said when the original was made
-        warnings.simplefilter("ignore", DeprecationWarning)
-        fields = {name: getattr(pipeline, name) for name in type(pipeline).model_fields}
-        return CompiledPipeline.model_construct(**fields)
+    compiled = object.__new__(CompiledPipeline)  # QueryPipeline's own says again that the class is deprecated
+    state = pipeline.__getstate__()
+    compiled.__setstate__({**state, "__dict__": dict(state["__dict__"])})
+    return compiled
 
 
 def run_multi(native: Callable[..., Any], pipeline: QueryPipeline, *args: Any, **kwargs: Any) -> Any:
