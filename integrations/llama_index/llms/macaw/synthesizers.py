@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.prompt_utils import get_biggest_prompt
 from llama_index.core.response_synthesizers import (
     Accumulate,
@@ -43,8 +44,9 @@ def why_not(synthesizer: BaseSynthesizer) -> str | None:
             return "it filters structured answers"
         if not hasattr(Refine, "_run_refine_loop"):
             return "refine of this llama-index-core is another one than that of 0.14"
-    prompts = synthesizer._get_prompts().values()
-    if synthesizer._llm.output_parser or any(getattr(prompt, "output_parser", None) for prompt in prompts):
+    # Not by `get_prompts`, which opens a span.
+    prompts = (value for value in vars(synthesizer).values() if isinstance(value, BasePromptTemplate))
+    if synthesizer._llm.output_parser or any(prompt.output_parser for prompt in prompts):
         return "it has an output parser"
     return None
 
