@@ -50,6 +50,9 @@ from macaw.protocol import (
     VariableResolved,
 )
 
+MODEL = {"max_model_len": 4096, "has_chat_template": True}
+"""What the server says of its model."""
+
 
 class Recorder:
     """What the server saw.
@@ -59,8 +62,11 @@ class Recorder:
         requests: How many "chat", "completion" and "program" requests there were.
         programs: The program requests.
         cancelled: Ids of programs that were stopped by their client.
+        started: Set when a program has begun.
         down: Refuse programs, as another OpenAI-compatible server would.
         script: Answers a prompt in its own way, where it does not return None; it may raise a `MacawError`.
+        hints: The field `macaw` of the chats and completions that had it, in the order of their arrival.
+        model_reads: How often the models were asked for.
         peak: Most calls that were in flight at the same time.
     """
 
@@ -70,8 +76,11 @@ class Recorder:
         self.programs: list[ProgramRequest] = []
         self.cancelled: list[str] = []
         self.cancellation = threading.Event()
+        self.started = threading.Event()
         self.down = False
         self.script: Callable[[str], str | None] = lambda prompt: None
+        self.hints: list[dict[str, Any]] = []
+        self.model_reads = 0
         self.in_flight = self.peak = 0
 
     @contextmanager
@@ -138,6 +147,7 @@ class ScriptedServer:
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completion, methods=["POST"]),
+                Route("/v1/models", self.models, methods=["GET"]),
                 Route("/v1/programs", self.program, methods=["POST"]),
                 Route("/v1/programs/{id}", self.cancel, methods=["DELETE"]),
             ]
@@ -151,9 +161,16 @@ class ScriptedServer:
         self.recorder.requests["completion"] += 1
         return await self.respond(CompletionRequest, request)
 
+    async def models(self, request: Request) -> Response:
+        self.recorder.model_reads += 1
+        model = {"id": "m", "object": "model", "created": 1, "owned_by": "macaw"}
+        return JSONResponse({"object": "list", "data": [{**model, **MODEL}]})
+
     async def respond(self, kind: type[ChatCompletionRequest | CompletionRequest], request: Request) -> Response:
         try:
             body = kind.model_validate_json(await request.body())
+            if body.macaw:
+                self.recorder.hints.append(body.macaw.model_dump(exclude_none=True))
             with self.recorder.flying():
                 completion, chunks = self.complete(body)
                 await asyncio.sleep(0)
@@ -243,6 +260,7 @@ class ScriptedServer:
 
     async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
+        self.recorder.started.set()
         loop = asyncio.get_running_loop()
         names = [c.output for c in program.calls] + [t.output for t in program.transforms]
         values: dict[str, asyncio.Future[str]] = {name: loop.create_future() for name in names}

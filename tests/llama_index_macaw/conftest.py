@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
-from scripted_macaw_server import Recorder, serving
 
 from llama_index.llms.macaw import Macaw
+from scripted_macaw_server import Recorder, serving
 
 collect_ignore_glob = [] if find_spec("torch") else ["test_real_*.py"]
 

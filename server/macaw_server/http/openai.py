@@ -148,6 +148,7 @@ def _model_object(model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "macaw",
         "max_model_len": model.engine.info.max_model_len,
+        "has_chat_template": bool(model.tokenizer.chat_template),
     }
 
 
