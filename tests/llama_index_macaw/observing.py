@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,10 +156,16 @@ def querying(engine: Any, question: str, *, asynchronous: bool) -> Callable[[], 
         return response
 
     def run() -> Any:
-        response = asyncio.run(ask()) if asynchronous else engine.query(question)
+        response = run_async(ask()) if asynchronous else engine.query(question)
         return response.get_response() if isinstance(response, StreamingResponse) else response
 
     return run
+
+
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """As `asyncio.run`, which takes the thread's event loop away from pytest."""
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        return runner.run(coroutine)
 
 
 class FixedRetriever(BaseRetriever):

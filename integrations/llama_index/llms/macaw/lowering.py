@@ -38,7 +38,8 @@ class Lowering:
     def __init__(self, name: str) -> None:
         self.llm: Macaw | None = None
         self._name = name
-        self._nonce = secrets.token_hex(4)
+        # Mixed case, so that changing the case of text with a stand-in in it breaks the stand-in.
+        self._nonce = "aZ" + secrets.token_hex(4)
         self._pattern = re.compile(f"{_START}{self._nonce}([vj][0-9]+){_END}")
         self._calls: list[PlannedCall] = []
         self._joins: list[Join] = []
@@ -107,7 +108,7 @@ class Lowering:
                 return {key: self._with_variables(item, variables) for key, item in value.items()}
             case list():
                 return [self._with_variables(item, variables) for item in value]
-            case str() if self._nonce in value:
+            case str() if self._has_stand_in(value):
                 parts = self._split(value)
                 variables.update(part.variable for part in parts if isinstance(part, VariablePart))
                 return Text(parts)
@@ -115,10 +116,13 @@ class Lowering:
 
     def _split(self, text: str) -> Parts:
         pieces = self._pattern.split(text)
-        if any(self._nonce in piece for piece in pieces[0::2]):
+        if any(map(self._has_stand_in, pieces[0::2])):
             raise NotStatic("A prompt does something to a text that a model has yet to write.")
         parts = [VariablePart(variable=s) if i % 2 else TextPart(text=s) for i, s in enumerate(pieces) if s]
         return tuple(parts)
+
+    def _has_stand_in(self, text: str) -> bool:
+        return self._nonce.casefold() in text.casefold()
 
     def _stand_in(self, variable: str) -> str:
         return f"{_START}{self._nonce}{variable}{_END}"

@@ -55,8 +55,9 @@ class Run:
         self._readers: list[_Reader] = []
 
     def add(self, lowered: Lowered) -> None:
-        """Start a program whose answers are for this run."""
-        self._readers.append(self._reader(lowered))
+        """Start a program whose answers are for this run, unless the server has lost one before."""
+        if not any(reader.lost for reader in self._readers):
+            self._readers.append(self._reader(lowered))
 
     def holds(self, keys: Sequence[str]) -> bool:
         """Whether these requests would be answered from here."""
@@ -186,9 +187,10 @@ class AsyncPlannedStream(AsyncGenerator[Any, Any]):
 
 
 class _Reader:
-    """Feeds a plan from its program's stream."""
+    """Feeds a plan from its program's stream; `lost` is whether that broke."""
 
     def __init__(self, lowered: Lowered) -> None:
+        self.lost = False
         self.lowered = lowered
         self.plan = lowered.plan
 
@@ -206,6 +208,7 @@ class _Reader:
     def _report(self, error: Exception) -> None:
         """Calls ask for the missing answers one by one, and it is theirs to raise what is wrong."""
         if not self.plan.closed:
+            self.lost = True
             logger.warning("A program was lost: %r. Its remaining calls are ordinary requests.", error)
 
 

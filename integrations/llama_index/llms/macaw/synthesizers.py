@@ -7,6 +7,7 @@ that is passed over) shows when the native code asks for something else: see `ll
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from llama_index.core.response_synthesizers.compact_and_accumulate import Compac
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering, NotStatic
 from llama_index.llms.macaw.running import Lowered
+
+logger = logging.getLogger(__name__)
 
 Lower = Callable[[Lowering, Any, str, Sequence[str], dict[str, Any]], None]
 
@@ -62,7 +65,10 @@ def lower(
     if reason := why_not(synthesizer):  # prompts and models change after `compile`
         raise NotStatic(f"Not planned: {reason}.")
     lowering = Lowering(type(synthesizer).__name__)
-    LOWERINGS[type(synthesizer)](lowering, synthesizer, query_str, text_chunks, dict(kwargs))
+    try:
+        LOWERINGS[type(synthesizer)](lowering, synthesizer, query_str, text_chunks, dict(kwargs))
+    except NotStatic as reason:
+        logger.info("What %s asks for is planned in part: %s", type(synthesizer).__name__, reason)
     plan = lowering.plan()
     if plan is None or lowering.llm is None:
         return None
