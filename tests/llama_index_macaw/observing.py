@@ -84,7 +84,7 @@ def _text(value: Any) -> str:
         return "a stream"
     if hasattr(value, "__next__") or hasattr(value, "__anext__"):
         return "a stream"
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value))
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Bench:
     def described(response: Any) -> Any:
         """Type, text and sources of a response."""
         if isinstance(response, str):
-            return response
+            return _text(response)
         sources = [node.node.node_id for node in response.source_nodes]
         return type(response), str(response), sources, response.metadata
 

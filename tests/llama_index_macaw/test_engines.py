@@ -198,9 +198,7 @@ REFUSED: dict[str, tuple[Callable[[Macaw], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_compiled_stays_and_is_told_once(
-    case: str, model: Macaw, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_compiled_stays_and_is_told_once(case: str, model: Macaw, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     build, reason = REFUSED[case]
     x = build(model)

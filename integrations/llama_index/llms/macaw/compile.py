@@ -200,9 +200,7 @@ def _prepare(
     return run
 
 
-def _lower(
-    synthesizer: BaseSynthesizer, query_str: str, text_chunks: Any, *args: Any, **kwargs: Any
-) -> Lowered | None:
+def _lower(synthesizer: BaseSynthesizer, query_str: str, text_chunks: Any, *args: Any, **kwargs: Any) -> Lowered | None:
     try:
         if args:
             raise NotStatic("Arguments without a name are not planned.")

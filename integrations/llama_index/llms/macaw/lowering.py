@@ -21,6 +21,8 @@ from llama_index.llms.macaw.plan import Join, Parts, Plan, PlannedCall, Text
 from llama_index.llms.openai.utils import to_openai_message_dicts
 from macaw.protocol import Call, ProgramRequest, Target, TextPart, Transform, VariablePart
 
+_MAX_NAME_LEN = 200
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:\-/\[\]]")
 _START, _END = "\ue000", "\ue001"
 
 
@@ -98,6 +100,9 @@ class Lowering:
         variables: set[str] = set()
         body = self._with_variables(body, variables)
         output = f"v{len(self._calls)}"
+        name = _NOT_IN_NAMES.sub("_", name)[-_MAX_NAME_LEN:]
+        if any(call.id == name for call in self._calls):
+            name = f"{name}-{len(self._calls)}"
         self._calls.append(PlannedCall(name, output, body, frozenset(variables)))
         return self._stand_in(output)
 

@@ -68,14 +68,17 @@ class CompiledPipeline(QueryPipeline):  # type: ignore[misc]
         if not self._is_seen_through(module_key):
             self._send_ahead(run_state)
 
-    def _is_seen_through(self, key: str) -> bool:
-        """Whether lowering knows what comes behind a module before it has run."""
+    def _is_known(self, key: str) -> bool:
+        """Whether a module is a call, or one that only moves values."""
         module = self.module_dict[key]
-        functions = (data[name] for *_, data in self.dag.edges(key, data=True) for name in ("input_fn", "condition_fn"))
-        if any(functions) or getattr(module, "convert_fn", None):
-            return False
-        is_call = type(module) in _LLMS and not module.streaming and isinstance(module.llm, Macaw)
-        return is_call or type(module) in _MOVERS
+        if type(module) in _LLMS:
+            return isinstance(module.llm, Macaw) and not module.streaming
+        return type(module) in _MOVERS and not getattr(module, "convert_fn", None)
+
+    def _is_seen_through(self, key: str) -> bool:
+        """Whether it is known what a module hands on before it has run: not if a link calls a function."""
+        links = (data for *_, data in self.dag.edges(key, data=True))
+        return self._is_known(key) and not any(link["input_fn"] or link["condition_fn"] for link in links)
 
     def _send_ahead(self, state: RunState) -> None:
         run = CURRENT_RUN.get()
@@ -93,14 +96,15 @@ class CompiledPipeline(QueryPipeline):  # type: ignore[misc]
         added = []
         while keys := self.get_next_module_keys(ahead):
             for key in keys:
-                outputs = None
-                if key not in planned and self._is_seen_through(key):
-                    outputs = _outputs(lowering, key, self.module_dict[key], ahead.all_module_inputs[key])
-                if outputs is None:
+                module, inputs, outputs = self.module_dict[key], ahead.all_module_inputs[key], None
+                if key not in planned and self._is_known(key):
+                    outputs = _outputs(lowering, key, module, inputs)
+                if outputs is not None and type(module) in _LLMS:
+                    added.append(key)
+                if outputs is not None and self._is_seen_through(key):
+                    super().process_component_output(outputs, key, ahead)
+                else:
                     ahead.executed_modules.add(key)
-                    continue
-                added += [key] if type(self.module_dict[key]) in _LLMS else []
-                super().process_component_output(outputs, key, ahead)
         plan = lowering.plan()
         planned.update(added)
         return Lowered(plan, lowering.llm) if plan and lowering.llm else None
