@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch: constraints.txt pins the version that has a CPU build; see there.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# llama-index-core 0.12, for QueryPipeline, which newer ones do not have.
+VENV_012 := $(VENV)-llamaindex-012
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench clean
+.PHONY: help setup demo test test-fast test-llamaindex-012 check format bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (first time: a few minutes)"
@@ -32,6 +34,17 @@ check: setup ## format, lint, types, import contracts
 
 test: check ## check, then all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(MAKE) --no-print-directory test-llamaindex-012
+
+test-llamaindex-012: $(VENV_012)/.installed ## the LlamaIndex adapter on llama-index-core 0.12, without torch
+	@$(VENV_012)/bin/python -m pytest --confcutdir=tests/llama_index_macaw tests/llama_index_macaw
+
+$(VENV_012)/.installed: pyproject.toml constraints-llamaindex-012.txt
+	@echo "Setting up $(VENV_012) (first time: a minute or two)"
+	@test -x $(VENV_012)/bin/python || $(PYTHON) -m venv $(VENV_012)
+	@$(VENV_012)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-llamaindex-012.txt -e '.[llamaindex,test-llamaindex]'
+	@touch $@
 
 test-fast: setup ## the quick loop: everything not marked slow
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -45,4 +58,4 @@ format: setup ## let ruff write
 	@$(BIN)/ruff check --fix .
 
 clean: ## remove what was built
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(VENV_012) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

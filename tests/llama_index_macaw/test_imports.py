@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 SCRIPT = """
+import importlib.metadata
 import sys
 
-for name in ("torch", "transformers", "macaw_server", "macaw_kernels", "langchain_core"):
-    sys.modules.setdefault(name, None)  # importing it fails
+blocked = ["torch", "macaw_server", "macaw_kernels", "langchain_core"]
+if importlib.metadata.version("llama-index-core") >= "0.13":  # before, OpenAILike imports it
+    blocked.append("transformers")
+for name in blocked:
+    sys.modules[name] = None  # importing it fails
 import llama_index.llms
 import llama_index.llms.macaw as macaw
 

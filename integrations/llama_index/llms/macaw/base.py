@@ -23,6 +23,7 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.openai import OpenAI
 from llama_index.llms.openai_like import OpenAILike
+from openai.lib._pydantic import to_strict_json_schema
 
 from llama_index.llms.macaw.clients import AsyncClient, Client, Served, read_served
 from llama_index.llms.macaw.hints import ahinted, hinted, install
@@ -192,6 +193,12 @@ class Macaw(OpenAILike):
 
     def _should_use_structure_outputs(self) -> bool:
         return self.should_use_structured_outputs and self.pydantic_program_mode == PydanticProgramMode.DEFAULT
+
+    def _prepare_schema(self, llm_kwargs: dict[str, Any] | None, output_cls: type[Any]) -> dict[str, Any]:
+        """As the base class does, which looks for this in a module of `openai` that comes and goes."""
+        kwargs = {name: value for name, value in (llm_kwargs or {}).items() if name != "tool_choice"}
+        schema = {"name": output_cls.__name__, "schema": to_strict_json_schema(output_cls), "strict": True}
+        return {**kwargs, "response_format": {"type": "json_schema", "json_schema": schema}}
 
     def _get_response_token_counts(self, raw_response: Any) -> dict[str, int]:
         counts: dict[str, int] = super()._get_response_token_counts(raw_response)
