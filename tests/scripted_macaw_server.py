@@ -66,6 +66,7 @@ class Recorder:
         programs: The program requests.
         growths: What they grew by.
         cancelled: Ids of programs that were stopped by their client.
+        started: Set when a program has begun.
         down: Refuse programs, as another OpenAI-compatible server would.
         script: Answers a prompt in its own way, where it does not return None; it may raise a `MacawError`.
         hints: The field `macaw` of the chats and completions that had it, in the order of their arrival.
@@ -80,6 +81,7 @@ class Recorder:
         self.growths: list[ProgramGrowth] = []
         self.cancelled: list[str] = []
         self.cancellation = threading.Event()
+        self.started = threading.Event()
         self.down = False
         self.script: Callable[[str], str | None] = lambda prompt: None
         self.hints: list[dict[str, Any]] = []
@@ -289,6 +291,7 @@ class ScriptedServer:
 
     async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
+        self.recorder.started.set()
         loop = asyncio.get_running_loop()
         values: defaultdict[str, asyncio.Future[str]] = defaultdict(loop.create_future)
         limit = asyncio.Semaphore(program.max_concurrency or 1000)
