@@ -126,7 +126,6 @@ class Scheduler:
             sequence.status = SequenceStatus.FINISHED
         else:
             self._sequences[request.request_id] = sequence
-            self.policy.enter(sequence)
             self._queue_of(sequence).push(sequence)
         return sequence
 
@@ -500,7 +499,6 @@ class Scheduler:
         elif sequence.status is SequenceStatus.WAITING:
             self._queue_of(sequence).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self.policy.leave(sequence)
         del self._sequences[sequence.request_id]
 
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:

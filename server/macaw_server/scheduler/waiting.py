@@ -31,11 +31,13 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Add a sequence that is not in the queue."""
+        self._policy.enter(sequence)
         self._lanes_of(sequence).push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
         self._lanes_of(sequence).remove(sequence)
+        self._policy.leave(sequence)
 
     def first(self, now_s: float, *, yielding: bool = True) -> Sequence | None:
         """The sequence that goes first at this moment; it stays in the queue.

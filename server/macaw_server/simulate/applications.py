@@ -245,7 +245,9 @@ class Applications:
             prompt,
             SamplingParams(max_tokens=call.output_len, temperature=0.0),
             salt=spec.tenant,
-            hints=program.hints(node, started_s=run.created_s[program.id], tenant=spec.tenant),
+            hints=program.hints(
+                node, started_s=run.created_s[program.id], tenant=spec.tenant, tenant_weight=spec.tenant_weight
+            ),
         )
         record = CallRecord(len(prompt), call.output_len, now_s)
         record.shared_tokens = self._infinite_cache.look_up(spec, run.specs, call)
