@@ -91,8 +91,12 @@ class Round:
     def map_reduce(self) -> ProgramRequest:
         """Every chunk at once, and all answers into one."""
         b = ProgramBuilder()
-        maps = [b.complete(f"Summarise:\n{chunk}", name=f"map-{i}", **self.options) for i, chunk in enumerate(self.chunks)]
-        b.target(b.complete("Combine these summaries:\n", b.join(maps, separator="\n- "), name="reduce", **self.options))
+        maps = [
+            b.complete(f"Summarise:\n{chunk}", name=f"map-{i}", **self.options) for i, chunk in enumerate(self.chunks)
+        ]
+        b.target(
+            b.complete("Combine these summaries:\n", b.join(maps, separator="\n- "), name="reduce", **self.options)
+        )
         return b.build(stream=True)
 
 

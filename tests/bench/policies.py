@@ -86,8 +86,11 @@ def main() -> None:
             print(f"round {seed}, {name}: {result.duration_s:.1f} s, {result.num_steps} steps", flush=True)
         for key, seconds in took["app"].items():
             ratios[key].append(took["fcfs"][key] / seconds)
-    for (app, what), found in sorted(ratios.items()):
-        print(f"{app:18} {what:24} {statistics.median(found):6.2f} ({min(found):.2f} - {max(found):.2f})")
+        print(f"ratios of {seed + 1} rounds")
+        for (app, what), found in sorted(ratios.items()):
+            print(
+                f"{app:18} {what:24} {statistics.median(found):6.2f} ({min(found):.2f} - {max(found):.2f})", flush=True
+            )
 
 
 if __name__ == "__main__":

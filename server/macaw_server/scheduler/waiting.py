@@ -46,6 +46,8 @@ class WaitingQueue:
             now_s: On the scheduler's clock.
             yielding: Whether those count that give way to critical sequences: others that are not due.
         """
+        if not len(self):
+            return None
         critical, other = self._critical.first(now_s), self._others.first(now_s)
         if other is not None and not yielding and now_s <= self._policy.due_s(other):
             other = None
