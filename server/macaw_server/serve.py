@@ -31,6 +31,9 @@ from macaw_server.shared_prefixes import SharedPrefix, read_shared_prefixes
 
 CLOSE_CONNECTIONS_S = 5
 """How long connections may take to close when all programs have ended."""
+KEEP_ALIVE_S = 60
+"""How long an idle connection stays open: longer than clients keep theirs (httpx: 5 s), so that none sends a request
+into a connection that is being closed."""
 
 
 def run_server(config: ServerConfig, console: Console) -> None:
@@ -136,6 +139,7 @@ class _Server(uvicorn.Server):
                 log_level=log_level,
                 lifespan="off",
                 timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 access_log=log_level == "debug",
             )
         )

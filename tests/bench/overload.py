@@ -1,18 +1,23 @@
 """One and ten times the load that a server can do: latency of what is accepted, refusals, and memory.
 
-    python tests/bench/overload.py [--seconds 20] [--max-live-calls 64]
+    python tests/bench/overload.py [--model FOLDER] [--seconds 20] [--max-live-calls 64]
 
-A server process with macaw-demo and two tenants. First a closed loop measures the sustainable rate. Then open loops
-send calls at 0.8, 2 and 10 times that rate for a while, most of them by *greedy*; *modest* sends a tenth of the
-sustainable rate each time. Printed are, per tenant: calls sent, accepted, refused (429), latency of the accepted
-ones (median and 95th percentile), and the `Retry-After` that the refused were told (median); and the memory of all of
-the server's processes. Flat means that 10x differs from 2x in the number of refusals only.
+A server process and two tenants. First a closed loop with as many calls as one tenant may have measures the
+sustainable rate. Then open loops send calls at 0.8, 2 and 10 times that rate for a while, most of them by *greedy*;
+*modest* sends a tenth of the sustainable rate each time. Printed are, per tenant: calls sent, accepted and refused
+(429); latency of the accepted ones (median and 95th percentile); the `Retry-After` that the refused were told, and when
+really the next call of that tenant was accepted (medians); and the memory of all of the server's processes. Flat means
+that 10x differs from 2x in the number of refusals only.
+
+The client must keep up with ten times the rate, so calls have to be large enough for the model: a load that was sent
+too slowly is not reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import random
 import re
 import statistics
@@ -27,32 +32,41 @@ import httpx
 import psutil
 
 TENANTS = '[greedy]\nkeys = ["greedy"]\n[modest]\nkeys = ["modest"]\n'
-TOKENS = 16
+HEADER = "load  tenant    sent accepted refused   p50 s   p95 s  told s  really s  memory MiB"
 
 
 class Load:
     """Sends calls, and takes down what became of them."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
+    def __init__(self, client: httpx.AsyncClient, words: int, tokens: int) -> None:
         self._client = client
+        self._words, self._tokens = words, tokens
         self._sent = 0
         self.latencies: dict[str, list[float]] = defaultdict(list)
-        self.retries: dict[str, list[float]] = defaultdict(list)
+        self.accepted_s: dict[str, list[float]] = defaultdict(list)
+        self.refused: dict[str, list[tuple[float, float]]] = defaultdict(list)  # when, and what Retry-After said
 
     async def call(self, tenant: str) -> None:
         """One call with a prompt of its own."""
         self._sent += 1
-        prompt = f"{self._sent} " * 48
-        body = {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
+        prompt = f"{self._sent} " * self._words
+        body = {"prompt": prompt, "max_tokens": self._tokens, "ignore_eos": True, "temperature": 0}
         begin = time.perf_counter()
         response = await self._client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {tenant}"})
         if response.status_code == 429:
-            self.retries[tenant].append(float(response.headers["retry-after"]))
+            self.refused[tenant].append((begin, float(response.headers["retry-after"])))
             return
         usage = response.raise_for_status().json()["usage"]
-        if usage["completion_tokens"] != TOKENS:
-            raise SystemExit(f"{usage['completion_tokens']} tokens, {TOKENS} were asked for.")
+        if usage["completion_tokens"] != self._tokens:
+            raise SystemExit(f"{usage['completion_tokens']} tokens, {self._tokens} were asked for.")
         self.latencies[tenant].append(time.perf_counter() - begin)
+        self.accepted_s[tenant].append(begin)
+
+    def waits(self, tenant: str) -> list[float]:
+        """From each refusal to when the next call of the tenant was sent that was accepted."""
+        accepted = sorted(self.accepted_s[tenant])
+        found = ((at_s, bisect.bisect(accepted, at_s)) for at_s, _ in self.refused[tenant])
+        return [accepted[i] - at_s for at_s, i in found if i < len(accepted)]
 
 
 def memory_mib(pid: int) -> float:
@@ -61,22 +75,21 @@ def memory_mib(pid: int) -> float:
     return sum(process.memory_info().rss for process in (server, *server.children(recursive=True))) / 2**20
 
 
-async def closed_loop(client: httpx.AsyncClient, seconds: float) -> float:
-    """Calls per second with as many at once as are taken."""
-    load, end = Load(client), time.perf_counter() + seconds
+async def closed_loop(load: Load, seconds: float, num_calls: int) -> float:
+    """Calls per second with so many at once."""
+    begin = time.perf_counter()
 
     async def work() -> None:
-        while time.perf_counter() < end:
+        while time.perf_counter() < begin + seconds:
             await load.call("greedy")
 
-    begin = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(16)))
+    await asyncio.gather(*(work() for _ in range(num_calls)))
     return len(load.latencies["greedy"]) / (time.perf_counter() - begin)
 
 
-async def open_loop(client: httpx.AsyncClient, rate: float, modest: float, seconds: float, pid: int) -> str:
+async def open_loop(load: Load, rate: float, modest: float, seconds: float, pid: int) -> str:
     """Poisson arrivals at `rate`, of which `modest` per second are that tenant's; the lines of a table."""
-    load, rng, calls = Load(client), random.Random(1), []
+    rng, calls = random.Random(1), []
     begin, due, most_mib = time.perf_counter(), 0.0, 0.0
     while due < seconds:
         await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
@@ -84,49 +97,68 @@ async def open_loop(client: httpx.AsyncClient, rate: float, modest: float, secon
         due += rng.expovariate(rate)
         if len(calls) % 100 == 0:
             most_mib = max(most_mib, memory_mib(pid))
+    took = time.perf_counter() - begin
+    if took > 1.1 * seconds:
+        raise SystemExit(
+            f"{len(calls)} calls in {took:.0f} s instead of {seconds:.0f}: the client is too slow for this."
+        )
     await asyncio.gather(*calls)
     most_mib = max(most_mib, memory_mib(pid))
     lines = []
     for tenant in ("greedy", "modest"):
-        done, retries = sorted(load.latencies[tenant]), load.retries[tenant]
+        done, refused = sorted(load.latencies[tenant]), load.refused[tenant]
         p95 = done[int(len(done) * 0.95)] if done else float("nan")
+        told, really = median([told for _, told in refused]), median(load.waits(tenant))
         lines.append(
-            f"{tenant:7} {len(done) + len(retries):6} {len(done):9} {len(retries):8} "
-            f"{statistics.median(done or [float('nan')]):8.2f} {p95:8.2f} "
-            f"{statistics.median(retries or [float('nan')]):12.0f} {most_mib:10.0f}"
+            f"{tenant:7} {len(done) + len(refused):6} {len(done):8} {len(refused):7} {median(done):7.2f} {p95:7.2f}"
+            f" {told:7.0f} {really:9.2f} {most_mib:11.0f}"
         )
     return "\n".join(lines)
 
 
-async def measure(url: str, seconds: float, pid: int) -> None:
+def median(values: list[float]) -> float:
+    """Not a number where there are none."""
+    return statistics.median(values or [float("nan")])
+
+
+async def measure(url: str, pid: int, arguments: argparse.Namespace) -> None:
     """Print the table."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        await closed_loop(client, 3)
-        rate = await closed_loop(client, seconds / 2)
+
+        def load() -> Load:
+            return Load(client, arguments.words, arguments.tokens)
+
+        num_calls = arguments.max_live_calls * 4 // 5
+        await closed_loop(load(), 1, num_calls)
+        rate = await closed_loop(load(), arguments.seconds / 2, num_calls)
         print(f"sustainable: {rate:.1f} calls/s")
-        print("load   tenant    sent  accepted  refused  p50 s    p95 s    Retry-After s  memory MiB")
+        print(HEADER)
         for factor in (0.8, 2, 10):
-            table = await open_loop(client, factor * rate, 0.1 * rate, seconds, pid)
-            print("\n".join(f"{factor:4}x  {line}" for line in table.splitlines()))
+            table = await open_loop(load(), factor * rate, 0.1 * rate, arguments.seconds, pid)
+            print("\n".join(f"{factor:4}x {line}" for line in table.splitlines()), flush=True)
 
 
 def main() -> None:
     """Start the server, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="macaw-demo")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--max-live-calls", type=int, default=64)
-    args = parser.parse_args()
+    parser.add_argument("--words", type=int, default=96, help="of a prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         tenants = Path(folder, "tenants.toml")
         tenants.write_text(TENANTS)
-        flags = ["--port", "0", "--tenants", str(tenants), "--max-live-calls", str(args.max_live_calls)]
-        command = [sys.executable, "-m", "macaw_server", "serve", "macaw-demo", "--max-model-len", "1024", *flags]
+        flags = ["--port", "0", "--tenants", str(tenants), "--max-live-calls", str(arguments.max_live_calls)]
+        flags += ["--max-model-len", "1024", "--kv-memory", "1GiB"]
+        command = [sys.executable, "-m", "macaw_server", "serve", arguments.model, *flags]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             assert server.stderr is not None
             url = next(found[1] for line in server.stderr if (found := re.search(r"serving at (http://\S+)/v1", line)))
-            asyncio.run(measure(url, args.seconds, server.pid))
+            asyncio.run(measure(url, server.pid, arguments))
         finally:
             server.terminate()
             server.wait()

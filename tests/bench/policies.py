@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("workload")
     parser.add_argument("--scale", type=float, default=0.25)
     parser.add_argument("--programs", type=int)
+    parser.add_argument("--speedup", type=float, default=1.0, help="of all arrivals")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", help="a real engine, of this model; default: simulated")
     parser.add_argument("--kv-memory", type=int, default=2**30)
@@ -75,15 +76,21 @@ def main() -> None:
     ratios = defaultdict(list)
     for seed in range(arguments.rounds):
         options = WorkloadOptions(seed, arguments.scale, arguments.programs)
-        programs = list(make_workload(arguments.workload, options))
+        made = make_workload(arguments.workload, options)
+        programs = [replace(spec, arrival_s=spec.arrival_s / arguments.speedup) for spec in made]
         took = {}
         for name in POLICIES if seed % 2 == 0 else reversed(POLICIES):  # a tenant of its own has a cold cache
             specs = [replace(spec, tenant=f"{name}/{seed}") for spec in programs]
-            took[name] = latencies(runs[name](specs))
+            result = runs[name](specs)
+            took[name] = latencies(result)
+            print(f"round {seed}, {name}: {result.duration_s:.1f} s, {result.num_steps} steps", flush=True)
         for key, seconds in took["app"].items():
             ratios[key].append(took["fcfs"][key] / seconds)
-    for (app, what), found in sorted(ratios.items()):
-        print(f"{app:18} {what:24} {statistics.median(found):6.2f} ({min(found):.2f} - {max(found):.2f})")
+        print(f"ratios of {seed + 1} rounds")
+        for (app, what), found in sorted(ratios.items()):
+            print(
+                f"{app:18} {what:24} {statistics.median(found):6.2f} ({min(found):.2f} - {max(found):.2f})", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from macaw_kernels import (
 from macaw_server.config import EngineConfig
 from macaw_server.engine.constrained import ConstrainedRequests, GrammarDrafts
 from macaw_server.engine.flight import Flight, chunks, rows, sampling
+from macaw_server.engine.free_rows import free_rows, measure_rows, row_price
 from macaw_server.engine.graphs import GraphError, cuda_capture
 from macaw_server.engine.memory import choose_device, choose_dtype, size_pool
-from macaw_server.engine.ridge import RidgeEstimate, measured
+from macaw_server.engine.ridge import RidgeEstimate, limited, measured
 from macaw_server.engine.runner import ModelRunner
 from macaw_server.engine.sampler import Choices, Sampled, sample
 from macaw_server.engine.tensor_parallel import Runner, TensorParallel
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_AHEAD_ROWS = {"cpu": 0, "cuda": 64}
-"""`--ahead-rows` by device: on a CPU already the second row of a step costs what it costs in a long prefill."""
+_AHEAD_ROWS = 64
+"""`--ahead-rows` of a GPU, and the ridge that is assumed there; on a CPU both are measured."""
 
 
 class EngineCore:
@@ -155,6 +156,11 @@ class EngineCore:
             backend=prepared.backend,
             eos_token_ids=loader.eos_token_ids(config, model),
         )
+        self._ahead_rows, self._prefill_ridge = _AHEAD_ROWS, float(_AHEAD_ROWS)
+        if device.type == "cpu" and config.ahead_rows is None:
+            on_loading("measuring what rows beside a decode cost")
+            times = measure_rows(runner, self.info)
+            self._ahead_rows, self._prefill_ridge = free_rows(times), limited(times[1], row_price(times))
         self._ridge: RidgeEstimate | None = None
         if config.speculative_tokens and config.speculative_ridge is None:
             on_loading("measuring what a draft costs")
@@ -177,8 +183,8 @@ class EngineCore:
 
     @property
     def ridge(self) -> float:
-        """Of speculation: given, or measured; without speculation it has no say."""
-        return self._ridge.ridge if self._ridge is not None else self._config.speculative_ridge or 1.0
+        """Rows that cost as much as a step does without any: given, or measured."""
+        return self._ridge.ridge if self._ridge is not None else self._config.speculative_ridge or self._prefill_ridge
 
     @property
     def has_work(self) -> bool:
@@ -250,7 +256,6 @@ class EngineCore:
             self._scheduler.ridge = self._ridge.ridge
 
     def _new_scheduler(self) -> Scheduler:
-        device = torch.device(self.info.device).type
         config = SchedulerConfig(
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=max(self._config.max_num_batched_tokens, self._config.max_num_seqs),
@@ -258,7 +263,7 @@ class EngineCore:
             max_draft_tokens=self._config.speculative_tokens,
             latency_slowdown=self._config.latency_slowdown,
             ridge=self.ridge,
-            ahead_rows=_AHEAD_ROWS[device] if self._config.ahead_rows is None else self._config.ahead_rows,
+            ahead_rows=self._ahead_rows if self._config.ahead_rows is None else self._config.ahead_rows,
         )
         cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)

@@ -67,8 +67,13 @@ class RidgeEstimate:
             nt += self.FIRST_WEIGHT * rows * seconds
         self._row = max(0.0, (weight * nt - n * t) / (weight * nn - n * n))
         self._fixed = max(0.0, (t - self._row * n) / weight)
-        least, most = _LIMITS
-        self.ridge = most if self._row * most <= self._fixed else max(least, self._fixed / self._row)
+        self.ridge = limited(self._fixed, self._row)
+
+
+def limited(fixed: float, row: float) -> float:
+    """The ridge of a step that costs `fixed`, and `row` for each row, within sane limits."""
+    least, most = _LIMITS
+    return most if row * most <= fixed else max(least, fixed / row)
 
 
 def measured(runner: ModelRunner, info: EngineInfo) -> RidgeEstimate:

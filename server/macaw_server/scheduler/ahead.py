@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from macaw_server.scheduler.types import SchedulerConfig, Sequence
 
-LONE_STEP = 8
+LONE_STEP = 4
 """Ridges that a step runs of nothing but work ahead: long enough to be efficient, and short for whoever comes
 meanwhile."""
 
@@ -45,8 +45,8 @@ class AheadSequences:
 def ahead_budget(num_tokens: int, config: SchedulerConfig) -> int:
     """Tokens of work ahead in a step that runs `num_tokens` of others.
 
-    Where a step that decodes waits for its weights (GPUs), some rows more cost it next to nothing. Beyond, or
-    where there is no such room, work ahead takes from those who wait for the step what it saves later.
+    Where a step that decodes waits for its weights, some rows more cost it next to nothing. Beyond, or where there is
+    no such room, work ahead takes from those who wait for the step what it saves later.
     """
     room = config.ahead_rows - num_tokens if num_tokens else max(1, int(LONE_STEP * config.ridge))
     return max(0, min(room, config.max_num_batched_tokens - num_tokens))

@@ -34,12 +34,13 @@ class StepBudget:
         self._model = model
         self._num_given = 0  # tokens to those who give way
         self._left_ms = math.inf
-        features = StepFeatures()
+        num_decodes, num_kv_tokens = 0, 0
         for sequence in protected:
-            features = features.plus(sequence.num_computed, 1, num_samples=1)
-        if features.num_tokens:
-            self._left_ms = (slowdown - 1) * model.predict(features)
-        self._features = features
+            num_decodes += 1
+            num_kv_tokens += sequence.num_computed + 1
+        self._features = StepFeatures(num_decodes, num_decodes, num_kv_tokens, num_kv_tokens)
+        if num_decodes:
+            self._left_ms = (slowdown - 1) * model.predict(self._features)
 
     @property
     def limited(self) -> bool:

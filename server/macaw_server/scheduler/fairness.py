@@ -2,7 +2,7 @@
 
 Tenants share an engine by the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models"
 (OSDI 2024): whoever has received the least service per weight goes first, and who comes back from a pause starts at the
-least that anybody present has, so that idle time is not saved up.
+least that anybody who waits has, so that idle time is not saved up.
 """
 
 from __future__ import annotations
@@ -20,52 +20,58 @@ MAX_PROGRAMS = 16_384
 @dataclass(slots=True)
 class _Tenant:
     service: float = 0.0  # received, divided by the weight
-    num_present: int = 0
+    num_waiting: int = 0
+    in_heap: bool = False
 
 
 class FairShares:
-    """Weighted service of tenants that have requests here; O(log tenants) per request, O(1) per charge."""
+    """Weighted service of tenants; O(log tenants) per request that comes to wait, O(1) per charge.
+
+    Only those count whose requests wait: one whose only request runs for long cannot be served more, and a newcomer
+    that started as low as that one would keep everybody else waiting until it has caught up.
+    """
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
-        self._present: list[tuple[float, str]] = []  # a heap; what is stored may be less than what is true by now
+        self._heap: list[tuple[float, str]] = []  # each name once; what is stored may be less than what is true by now
 
     def enter(self, name: str) -> None:
-        """One more request of this tenant is here."""
+        """One more request of this tenant waits."""
         tenant = self._tenants.setdefault(name, _Tenant())
-        if tenant.num_present == 0:
+        if tenant.num_waiting == 0:
             tenant.service = max(tenant.service, self._least())
-            heapq.heappush(self._present, (tenant.service, name))
-        tenant.num_present += 1
+            if not tenant.in_heap:
+                heapq.heappush(self._heap, (tenant.service, name))
+                tenant.in_heap = True
+        tenant.num_waiting += 1
 
     def leave(self, name: str) -> None:
-        """One request of this tenant has ended."""
+        """One request of this tenant waits no more."""
         tenant = self._tenants[name]
-        tenant.num_present -= 1
-        assert tenant.num_present >= 0, f"tenant {name!r} left more often than it entered"
+        tenant.num_waiting -= 1
+        assert tenant.num_waiting >= 0, f"tenant {name!r} left more often than it entered"
 
     def charge(self, name: str, service: float, weight: float) -> None:
         """Note service; a tenant of weight 2 is charged half."""
         self._tenants[name].service += service / weight
 
     def service(self, name: str) -> float:
-        """What a tenant has received. Never falls while it is here."""
+        """What a tenant has received. Never falls."""
         tenant = self._tenants.get(name)
         return 0.0 if tenant is None else tenant.service
 
     def _least(self) -> float:
-        """The least service among those present; the last known one if nobody is."""
-        while self._present:
-            service, name = self._present[0]
+        """The least service among those that wait; if nobody does, the most of those that did last."""
+        while self._heap:
+            service, name = self._heap[0]
             tenant = self._tenants[name]
-            if tenant.num_present and tenant.service == service:
+            if tenant.service > service:
+                heapq.heapreplace(self._heap, (tenant.service, name))
+            elif tenant.num_waiting or len(self._heap) == 1:
                 return service
-            if tenant.num_present:
-                heapq.heapreplace(self._present, (tenant.service, name))
-            elif len(self._present) == 1:
-                return tenant.service
             else:
-                heapq.heappop(self._present)
+                heapq.heappop(self._heap)
+                tenant.in_heap = False
         return 0.0
 
 

@@ -52,7 +52,9 @@ class Followers:
 
     def patron(self, owner: Sequence, now_s: float) -> Sequence | None:
         """The most urgent one; sought anew only when the last one has gone, for there may be thousands."""
-        if owner.patron is None or owner.patron.status is not SequenceStatus.BLOCKED:
+        if owner.request_id not in self._by_owner:
+            owner.patron = None
+        elif owner.patron is None or owner.patron.status is not SequenceStatus.BLOCKED:
             waiting = (follower for _, follower in self._of(owner) if not follower.is_ahead)
             owner.patron = min(waiting, key=lambda follower: self._policy.order(follower, now_s), default=None)
         return owner.patron

@@ -79,10 +79,10 @@ class Policy(ABC):
         return False
 
     def enter(self, sequence: Sequence) -> None:  # noqa: B027
-        """It has come."""
+        """It waits from now on."""
 
     def leave(self, sequence: Sequence) -> None:  # noqa: B027
-        """It has ended."""
+        """It waits no more."""
 
     def charge(self, sequence: Sequence, service: float) -> None:  # noqa: B027
         """It was served: prompt tokens computed, output tokens at `fairness.OUTPUT_SERVICE`."""
@@ -149,17 +149,15 @@ class AppPolicy(Policy):
         return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
 
     def enter(self, sequence: Sequence) -> None:
-        """Its tenant takes part from now on; work ahead of time has no part in shares."""
-        if not sequence.is_ahead:
-            self.shares.enter(sequence.request.hints.tenant)
+        """One call more of its tenant waits."""
+        self.shares.enter(sequence.request.hints.tenant)
 
     def leave(self, sequence: Sequence) -> None:
-        """One call of its tenant less."""
-        if not sequence.is_ahead:
-            self.shares.leave(sequence.request.hints.tenant)
+        """One call less of its tenant waits."""
+        self.shares.leave(sequence.request.hints.tenant)
 
     def charge(self, sequence: Sequence, service: float) -> None:
-        """To its tenant, and to its program."""
+        """To its tenant, and to its program; work ahead of time has no part in shares."""
         if sequence.is_ahead:
             return
         hints = sequence.request.hints

@@ -126,7 +126,6 @@ class Scheduler:
             sequence.status = SequenceStatus.FINISHED
         else:
             self._sequences[request.request_id] = sequence
-            self.policy.enter(sequence)
             self._queue_of(sequence).push(sequence)
         return sequence
 
@@ -410,7 +409,8 @@ class Scheduler:
         num_computed = max(0, min(start + length, num_prompt) - start)
         self._stats.ahead_tokens += num_computed if sequence.is_ahead else 0
         self._stats.computed_tokens += 0 if sequence.is_ahead else num_computed
-        self.policy.charge(sequence, max(0, min(start + length, num_prompt) - max(start, sequence.num_charged)))
+        if (num_new := min(start + length, num_prompt) - max(start, sequence.num_charged)) > 0:
+            self.policy.charge(sequence, num_new)
         sequence.num_charged = max(sequence.num_charged, start + length)
         self._wake(sequence, sequence.num_computed // self.kv_cache.page_size)
 
@@ -423,6 +423,8 @@ class Scheduler:
 
     def _run_ahead(self, batch: ScheduledBatch, now_s: float) -> None:
         """Give sequences of class AHEAD what the step leaves; nothing while anybody else waits to be admitted."""
+        if not (self._ahead.running or len(self._ahead)):
+            return
         ahead, limit = self._ahead.running, self.config.max_num_seqs - len(self._running)
         while len(ahead) > limit:
             self._yield_ahead()
@@ -500,7 +502,6 @@ class Scheduler:
         elif sequence.status is SequenceStatus.WAITING:
             self._queue_of(sequence).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self.policy.leave(sequence)
         del self._sequences[sequence.request_id]
 
     def _give_back_pages(self, sequence: Sequence, *, keep: bool) -> None:

@@ -31,11 +31,13 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Add a sequence that is not in the queue."""
+        self._policy.enter(sequence)
         self._lanes_of(sequence).push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
         self._lanes_of(sequence).remove(sequence)
+        self._policy.leave(sequence)
 
     def first(self, now_s: float, *, yielding: bool = True) -> Sequence | None:
         """The sequence that goes first at this moment; it stays in the queue.
@@ -44,6 +46,8 @@ class WaitingQueue:
             now_s: On the scheduler's clock.
             yielding: Whether those count that give way to critical sequences: others that are not due.
         """
+        if not len(self):
+            return None
         critical, other = self._critical.first(now_s), self._others.first(now_s)
         if other is not None and not yielding and now_s <= self._policy.due_s(other):
             other = None

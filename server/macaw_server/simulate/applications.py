@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 from macaw.errors import ContextLengthError, DeadlineExceededError, MacawError
 from macaw.protocol import (
@@ -190,20 +190,16 @@ class Applications:
             return
         if self._as_requests:
             for call in calls:
-                target = Target(variable=call.id)
-                request = ProgramRequest(calls=[_wire(call, alone=True)], targets=[target])
-                self._create(run, f"{spec.id}/{call.id}", request, now_s)
+                self._create(run, f"{spec.id}/{call.id}", _alone(call.id, call.output_len), now_s)
             return
-        growth = _growth(spec, calls, close=is_last)
+        sent = tuple((call.id, call.deps, call.output_len) for call in calls)
+        part = _part(sent, spec.targets, spec.objective, spec.deadline_s, is_last)
         if spec.id in run.programs:
             program = run.programs[spec.id]
-            program.grow(growth, self._program_ms(run, program, now_s))
+            program.grow(part.growth, self._program_ms(run, program, now_s))
             self._follow_up(run, program, now_s)
         else:
-            request = ProgramRequest(
-                calls=growth.calls, transforms=growth.transforms, targets=growth.targets, open=not is_last
-            )
-            self._create(run, spec.id, request, now_s)
+            self._create(run, spec.id, part.request, now_s)
 
     def _create(self, run: _Run, program_id: str, request: ProgramRequest, now_s: float) -> None:
         program = Program(program_id, request)
@@ -245,7 +241,9 @@ class Applications:
             prompt,
             SamplingParams(max_tokens=call.output_len, temperature=0.0),
             salt=spec.tenant,
-            hints=program.hints(node, started_s=run.created_s[program.id], tenant=spec.tenant),
+            hints=program.hints(
+                node, started_s=run.created_s[program.id], tenant=spec.tenant, tenant_weight=spec.tenant_weight
+            ),
         )
         record = CallRecord(len(prompt), call.output_len, now_s)
         record.shared_tokens = self._infinite_cache.look_up(spec, run.specs, call)
@@ -260,33 +258,52 @@ class Applications:
         return (now_s - run.created_s[program.id]) * 1000
 
 
-def _wire(call: CallSpec, *, alone: bool = False) -> Call:
-    """A call as a client sends it; of its text only what it reads matters here."""
-    parts: list[TextPart | VariablePart] = [TextPart(text=call.id)]
-    if not alone:
-        parts += [VariablePart(variable=dep) for dep in call.deps]
-    return Call(
-        id=call.id,
-        output=call.id,
-        request=CompletionRequest(prompt=parts, max_tokens=call.output_len, ignore_eos=True),
-    )
+class _Part(NamedTuple):
+    """What a client sends of a program, as the first part of it and as a later one."""
+
+    request: ProgramRequest
+    growth: ProgramGrowth
 
 
-def _growth(spec: ProgramSpec, calls: list[CallSpec], *, close: bool) -> ProgramGrowth:
+# Programs of one app send the same over and over. Nobody changes what came over the wire, so they can share it.
+
+
+@lru_cache(maxsize=1024)
+def _alone(name: str, output_len: int) -> ProgramRequest:
+    """A program of one call; of its text only what it reads matters here."""
+    return ProgramRequest(calls=[_wire(name, (), output_len)], targets=[Target(variable=name)])
+
+
+@lru_cache(maxsize=1024)
+def _part(
+    calls: tuple[tuple[str, tuple[str, ...], int], ...],
+    targets: tuple[str, ...],
+    objective: Literal["latency", "throughput"],
+    deadline_s: float | None,
+    is_last: bool,
+) -> _Part:
     """A part of a program. As long as more is to come, the client waits for what nobody in the part reads."""
     transforms: list[Transform] = []
-    if close:
-        names = list(spec.targets)
+    if is_last:
+        names = list(targets)
         if len(names) > 1:
             transforms = [Transform(id="all-targets", op="join", inputs=names, output="all-targets")]
             names = ["all-targets"]
     else:
-        read = {dep for call in calls for dep in call.deps}
-        names = [call.id for call in calls if call.id not in read]
-    deadline_ms = None if spec.deadline_s is None else spec.deadline_s * 1000
-    return ProgramGrowth(
-        calls=[_wire(call) for call in calls],
+        read = {dep for _, deps, _ in calls for dep in deps}
+        names = [name for name, _, _ in calls if name not in read]
+    deadline_ms = None if deadline_s is None else deadline_s * 1000
+    growth = ProgramGrowth(
+        calls=[_wire(*call) for call in calls],
         transforms=transforms,
-        targets=[Target(variable=name, objective=spec.objective, deadline_ms=deadline_ms) for name in names],
-        close=close,
+        targets=[Target(variable=name, objective=objective, deadline_ms=deadline_ms) for name in names],
+        close=is_last,
     )
+    request = ProgramRequest(calls=growth.calls, transforms=growth.transforms, targets=growth.targets, open=not is_last)
+    return _Part(request, growth)
+
+
+def _wire(name: str, deps: tuple[str, ...], output_len: int) -> Call:
+    """A call as a client sends it."""
+    parts: list[TextPart | VariablePart] = [TextPart(text=name), *(VariablePart(variable=dep) for dep in deps)]
+    return Call(id=name, output=name, request=CompletionRequest(prompt=parts, max_tokens=output_len, ignore_eos=True))

@@ -174,14 +174,14 @@ class Simulation:
         self._result.num_steps += 1
         sampled: dict[str, list[int]] = {}
         for chunk in batch.chunks:
-            sequence = chunk.sequence
-            if chunk.samples and sequence.request_id in self._requests:
-                num_outputs = sequence.num_outputs
-                sampled[sequence.request_id] = [self._requests[sequence.request_id][2] + num_outputs]
+            request_id = chunk.sequence.request.request_id
+            if chunk.samples and (found := self._requests.get(request_id)) is not None:
+                num_outputs = chunk.sequence.num_outputs
+                sampled[request_id] = [found[2] + num_outputs]
                 if not num_outputs:
-                    self._applications.first_token(sequence.request_id, now_s)
+                    self._applications.first_token(request_id, now_s)
                     if self._placement:
-                        self._placement.started(sequence.request_id)
+                        self._placement.started(request_id)
         begin = time.perf_counter()
         finished = engine.scheduler.update(batch, sampled)
         self._result.decision_s += time.perf_counter() - begin

@@ -65,6 +65,7 @@ class ProgramSpec:
         objective: How.
         deadline_s: From the arrival; None is no deadline.
         tenant: Whose.
+        tenant_weight: See `CallHints`; the same in all programs of a tenant.
     """
 
     id: str
@@ -75,6 +76,7 @@ class ProgramSpec:
     objective: Literal["latency", "throughput"] = "latency"
     deadline_s: float | None = None
     tenant: str = "t0"
+    tenant_weight: float = 1.0
 
     def prompt_lens(self) -> dict[str, int]:
         """Tokens of each call's prompt, by id."""
