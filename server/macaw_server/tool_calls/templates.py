@@ -87,7 +87,7 @@ def without_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -
     The tools are listed at the end of the system message, or in one of their own. Calls are in the text of the
     assistant, and answers in that of the user, neighbours in one message.
     """
-    told = []
+    told: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "tool":
             answer = f"<tool_response>\n{message['content']}\n</tool_response>"
