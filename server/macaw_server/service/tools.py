@@ -164,12 +164,22 @@ def check_tools(request: ChatCompletionRequest | CompletionRequest, model: Serve
             "structured_outputs",
             "says what the answer must be, and so do tools. Send response_format, or tool_choice: none",
         )
-    if tool_format(model) is None:
+    format = tool_format(model)
+    if format is None:
         raise InvalidRequestError(
             f"tools: the chat template of model {model.name!r} lists tools, but the form in which it has calls written "
             f"is not known. Serve it with --tool-call-parser, one of {', '.join(FORMATS)}; or leave tools out.",
             code="unsupported_parameter",
             param="tools",
+        )
+    use = tool_use(request, model)
+    is_json = content_schema(request.response_format) is not None
+    if use is not None and use.mode == "auto" and is_json and not format.markup.begin:
+        raise InvalidRequestError(
+            f"response_format: this model writes calls as JSON without a marker ({format.name}), so they cannot be "
+            "told from a JSON answer. Leave it out, or send tool_choice required or none.",
+            code="unsupported_parameter",
+            param="response_format",
         )
 
 
