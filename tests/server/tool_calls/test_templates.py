@@ -117,6 +117,8 @@ def test_ids_are_cut_where_the_template_takes_short_ones_only() -> None:
     text = text_of(with_template(template(CALLS["mistral"], turn=TURN + "{{ m.tool_call_id }}")), tools=TOOLS)
     assert '"id": "000000001"' in text
     assert "Fog000000001[tool]Noon000000002" in text
+    messages = [{"role": "assistant", "tool_calls": [made("call_7", "now", "{}")]}]
+    assert '"id": "000call_7"' in text_of(with_template(template(CALLS["mistral"])), messages)
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "oops {", "[" * 5000])
