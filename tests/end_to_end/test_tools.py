@@ -171,3 +171,12 @@ def test_a_schema_that_cannot_be_kept_is_refused_where_it_is_strict(api: OpenAI)
         api.chat.completions.create(tools=[tool(), tool("b", parameters, strict=True)], **fields)
     assert error.value.param == "tools[1].function.parameters"
     assert api.chat.completions.create(tools=[tool("b", parameters)], **fields).choices
+
+
+def test_strict_tools_leave_an_answer_free_to_be_text(api: OpenAI) -> None:
+    for choice in ("auto", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}):
+        answer = api.chat.completions.create(
+            model=MODEL, messages=USER, tools=[tool(strict=True), tool("now", None)], tool_choice=choice, max_tokens=30
+        ).choices[0]
+        assert answer.finish_reason in ("stop", "length")
+        assert answer.message.content
