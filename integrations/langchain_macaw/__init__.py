@@ -2,5 +2,6 @@
 
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.compile import compile
+from langchain_macaw.llms import MacawLLM
 
-__all__ = ["ChatMacaw", "compile"]
+__all__ = ["ChatMacaw", "MacawLLM", "compile"]

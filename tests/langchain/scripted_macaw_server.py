@@ -79,7 +79,7 @@ class Recorder:
         The last word of the prompt may be an order: TOOLONG fails, FLAKY fails the first time that this
         prompt comes, JSON answers an object.
         """
-        seen = request.model_copy(update={"stream": None, "stream_options": None})
+        seen = request.model_copy(update={"stream": None, "stream_options": None, "macaw": None})
         canonical = seen.model_dump(exclude_none=True)
         canonical["messages"] = [{"role": m.role, "content": text_of(m)} for m in request.messages]
         key = json.dumps(canonical, sort_keys=True)
@@ -126,10 +126,11 @@ class ScriptedServer:
             return failure(InvalidRequestError(str(error)))
         except MacawError as error:
             return failure(error)
+        facts = {"macaw": {"program_id": f"prog-of-{completion['id']}", "timings": {}}}
         if not body.stream:
-            return JSONResponse(completion)
+            return JSONResponse({**completion, **facts})
         if body.stream_options and body.stream_options.include_usage:
-            chunks.append({**chunks[-1], "choices": [], "usage": completion["usage"]})
+            chunks.append({**chunks[-1], "choices": [], "usage": completion["usage"], **facts})
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
         return StreamingResponse(iter(lines), media_type="text/event-stream")
 

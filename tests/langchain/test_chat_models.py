@@ -123,8 +123,9 @@ def test_usage_has_cached_tokens(llm: ChatMacaw) -> None:
 def test_replayed_message_is_the_native_one(way: str, llm: ChatMacaw, recorder: Recorder) -> None:
     def messages(runnable: Any) -> list[AIMessage]:
         answers = [runnable.invoke("hi")] if way == "invoke" else list(runnable.stream("hi"))
+        own = {"id": None, "program_id": None, "timings": None}
         return [
-            answer.model_copy(update={"id": None, "response_metadata": {**answer.response_metadata, "id": None}})
+            answer.model_copy(update={"id": None, "response_metadata": {**answer.response_metadata, **own}})
             for answer in answers
         ]
 

@@ -42,7 +42,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 def test_exports() -> None:
-    assert langchain_macaw.__all__ == ["ChatMacaw", "compile"]
+    assert langchain_macaw.__all__ == ["ChatMacaw", "MacawLLM", "compile"]
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ refused by name, never accepted and ignored.
 """
 
 from macaw.protocol.answers import (
+    AnswerFacts,
     CallState,
     ProgramList,
     ProgramState,
+    Tokens,
 )
 from macaw.protocol.events import (
     AnyEvent,
@@ -67,6 +69,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_SCHEMA_DEPTH",
     "MAX_STOP_STRINGS",
+    "AnswerFacts",
     "AnyEvent",
     "Call",
     "CallCompleted",
@@ -102,6 +105,7 @@ __all__ = [
     "StructuredOutputs",
     "Target",
     "TextPart",
+    "Tokens",
     "Totals",
     "Transform",
     "TransformArgs",
