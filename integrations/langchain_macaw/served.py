@@ -23,6 +23,7 @@ def served_profile(client: openai.OpenAI | None, model_name: str) -> ModelProfil
     except openai.OpenAIError as error:
         logger.warning("The profile of model %r is not known: %s", model_name, error)
         return None
+    tools = served["tool_calling"]
     return ModelProfile(
         name=served["id"],
         max_input_tokens=served["max_model_len"],
@@ -40,9 +41,9 @@ def served_profile(client: openai.OpenAI | None, model_name: str) -> ModelProfil
         audio_outputs=False,
         video_outputs=False,
         reasoning_output=False,
-        tool_calling=served.get("tool_calling", True),
-        tool_choice=served.get("tool_calling", True),
-        tool_call_streaming=served.get("tool_calling", True),
+        tool_calling=tools,
+        tool_choice=tools,
+        tool_call_streaming=tools,
         structured_output=True,
         temperature=True,
     )

@@ -12,6 +12,7 @@ from macaw.protocol.answers import (
     ProgramState,
     Tokens,
 )
+from macaw.protocol.base import MAX_SCHEMA_DEPTH, WireModel
 from macaw.protocol.events import (
     AnyEvent,
     CallCompleted,
@@ -46,7 +47,6 @@ from macaw.protocol.programs import (
 from macaw.protocol.requests import (
     MAX_CHOICES,
     MAX_LOGPROBS,
-    MAX_SCHEMA_DEPTH,
     MAX_STOP_STRINGS,
     ChatCompletionRequest,
     CompletionRequest,
@@ -61,7 +61,18 @@ from macaw.protocol.requests import (
     StructuredOutputs,
     TextPart,
     VariablePart,
-    WireModel,
+)
+from macaw.protocol.tools import (
+    MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
+    Function,
+    FunctionCall,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
 
 __all__ = [
@@ -69,6 +80,9 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_SCHEMA_DEPTH",
     "MAX_STOP_STRINGS",
+    "MAX_TOOLS",
+    "AllowedTools",
+    "AllowedToolsChoice",
     "AnswerFacts",
     "AnyEvent",
     "Call",
@@ -82,6 +96,8 @@ __all__ = [
     "CompletionRequest",
     "ErrorBody",
     "Event",
+    "Function",
+    "FunctionCall",
     "GenerationRequest",
     "Hints",
     "JoinArgs",
@@ -90,6 +106,8 @@ __all__ = [
     "LinesArgs",
     "Message",
     "Name",
+    "NamedFunction",
+    "NamedTool",
     "NoArgs",
     "Part",
     "ProgramCompleted",
@@ -106,6 +124,9 @@ __all__ = [
     "Target",
     "TextPart",
     "Tokens",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
     "Totals",
     "Transform",
     "TransformArgs",
