@@ -31,6 +31,9 @@ from macaw.protocol import ChatCompletionRequest
 from macaw_server.programs.rendering import prompt_text
 from tiny_models import make_model
 
+MODEL, OTHER_MODEL = "capable", "capable-too"
+"""The names under which it is served."""
+
 END = "<|im_end|>"
 VOCAB_SIZE = 1200
 NUM_STEPS = 400

@@ -5,12 +5,10 @@ What they ask of a model, ours has learnt by heart: see `capable_model`.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from capable_model import save_capable_model
+from capable_model import MODEL, OTHER_MODEL
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
@@ -23,20 +21,6 @@ pytestmark = [
     # The tests use what LangChain calls beta (as_tool).
     pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"),
 ]
-
-MODEL, OTHER_MODEL = "capable", "capable-too"
-
-
-@pytest.fixture(scope="module")
-def capable_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server of the model under two names."""
-    folder = tmp_path_factory.mktemp(MODEL) / MODEL
-    save_capable_model(folder)
-    with LocalServer(model=str(folder), served_model_name=MODEL, dtype="float32", max_model_len=2048) as server:
-        assert server.service is not None
-        served = server.service.models.find(MODEL)
-        server.service.models._models[OTHER_MODEL] = dataclasses.replace(served, name=OTHER_MODEL)
-        yield server
 
 
 class TestChatMacaw(ChatModelIntegrationTests):
