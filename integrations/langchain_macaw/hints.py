@@ -140,9 +140,9 @@ class RunFollower(BaseCallbackHandler):
     def _ended(self, *result: Any, run_id: UUID, **_: Any) -> None:
         self._end(run_id)
 
-    on_chain_end = on_chain_error = _ended  # type: ignore[assignment]
-    on_tool_end = on_tool_error = _ended  # type: ignore[assignment]
-    on_retriever_end = on_retriever_error = on_llm_error = _ended  # type: ignore[assignment]
+    on_chain_end = on_chain_error = _ended
+    on_tool_end = on_tool_error = _ended
+    on_retriever_end = on_retriever_error = on_llm_error = _ended
 
     def _begin(
         self,
