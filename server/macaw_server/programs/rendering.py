@@ -147,7 +147,7 @@ def _apply_chat_template(request: ChatCompletionRequest, values: Mapping[str, st
     if tools or any(message.tool_calls or message.tool_call_id for message in request.messages):
         known = template_tools(tokenizer)
         if not known.lists_tools:
-            messages, tools = without_tools(messages, tools), []
+            messages, tools = without_tools(messages, tools, takes_system=known.takes_system), []
         elif known.format is not None and known.format.id_len is not None:
             messages = template_messages(request.messages, values, known.format.id_len)
     try:

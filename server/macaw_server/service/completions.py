@@ -83,7 +83,7 @@ class ResponseFormat:
         for index, answer in enumerate(answers):
             choice: dict[str, Any] = {"index": index}
             if self.chat:
-                message = {"role": "assistant", "content": answer.text, "refusal": None}
+                message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
                 if answer.calls:
                     message |= {"content": answer.text or None, "tool_calls": list(answer.calls)}
                 choice["message"] = message

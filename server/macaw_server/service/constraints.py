@@ -126,8 +126,8 @@ def _parts(request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | 
         return
     if not tools.needs_grammar:
         return
-    for index, function in tools.callable:
-        field = f"tools[{index}].function.parameters"
+    for position, function in tools.callable:
+        field = f"tools[{position}].function.parameters"
         text = _bounded(json.dumps(arguments_schema(function), ensure_ascii=False), field)
         yield Grammar(field, LLMatcher.grammar_from_json_schema(text))
     if content_schema(request.response_format) is not None and (grammar := grammar_of(request)) is not None:

@@ -16,7 +16,7 @@ from macaw.protocol import (
     ResponseFormat,
 )
 from macaw_server.errors import ConfigError
-from macaw_server.programs.rendering import Tokenizer, template_tools
+from macaw_server.programs.rendering import template_tools
 from macaw_server.service.types import ServedModel
 from macaw_server.tool_calls import FORMATS, HERMES, CallRules, Schemas, ToolCallStream, ToolFormat
 
@@ -25,10 +25,10 @@ _LENIENT = {"lenient": True, "whitespace_pattern": r"[ \t\n\r]{0,32}"}
 _STRICT = {**_LENIENT, "lenient": False}
 
 
-class Callable(NamedTuple):
+class Offered(NamedTuple):
     """A function that the answer may call, and its place among the request's tools."""
 
-    index: int
+    position: int
     function: Function
 
 
@@ -46,7 +46,7 @@ class ToolUse(NamedTuple):
     """
 
     mode: Literal["auto", "required"]
-    callable: list[Callable]
+    callable: list[Offered]
     several: bool
     needs_grammar: bool
     format: ToolFormat
@@ -74,7 +74,7 @@ def tool_use(request: ChatCompletionRequest | CompletionRequest, model: ServedMo
     """How a request that was checked uses tools; None where its answer is text."""
     if isinstance(request, CompletionRequest) or not request.tools or request.tool_choice == "none":
         return None
-    everything = [Callable(i, tool.function) for i, tool in enumerate(request.tools)]
+    everything = [Offered(i, tool.function) for i, tool in enumerate(request.tools)]
     mode: Literal["auto", "required"] = "auto"
     chosen = everything
     match request.tool_choice:
@@ -94,7 +94,7 @@ def tool_use(request: ChatCompletionRequest | CompletionRequest, model: ServedMo
     )
     format = tool_format(model)
     assert format is not None, "the request was not checked"
-    tokens = special_tokens(model.tokenizer)
+    tokens = special_tokens(model)
     special = {marker: tokens[marker] for marker in format.markers if marker in tokens}
     hidden = frozenset(tokens.values()) - frozenset(special.values()) if special else frozenset[int]()
     return ToolUse(mode, chosen, not one, needs_grammar, format, special, hidden)
@@ -122,9 +122,9 @@ def check_parser(model: ServedModel) -> None:
 
 
 @lru_cache(maxsize=16)
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+def special_tokens(model: ServedModel) -> dict[str, int]:
     """Ids of the tokens that have no text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    added = getattr(model.tokenizer, "added_tokens_decoder", {})
     return {token.content: id_ for id_, token in added.items() if token.special}
 
 
@@ -164,12 +164,22 @@ def check_tools(request: ChatCompletionRequest | CompletionRequest, model: Serve
             "structured_outputs",
             "says what the answer must be, and so do tools. Send response_format, or tool_choice: none",
         )
-    if tool_format(model) is None:
+    format = tool_format(model)
+    if format is None:
         raise InvalidRequestError(
             f"tools: the chat template of model {model.name!r} lists tools, but the form in which it has calls written "
             f"is not known. Serve it with --tool-call-parser, one of {', '.join(FORMATS)}; or leave tools out.",
             code="unsupported_parameter",
             param="tools",
+        )
+    use = tool_use(request, model)
+    is_json = content_schema(request.response_format) is not None
+    if use is not None and use.mode == "auto" and is_json and not format.markup.begin:
+        raise InvalidRequestError(
+            f"response_format: this model writes calls as JSON without a marker ({format.name}), so they cannot be "
+            "told from a JSON answer. Leave it out, or send tool_choice required or none.",
+            code="unsupported_parameter",
+            param="response_format",
         )
 
 

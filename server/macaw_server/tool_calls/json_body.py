@@ -31,7 +31,7 @@ class JsonSpan:
         if self._escaped and position < len(text):
             self._escaped, position = False, position + 1
         while (match := _STRUCTURE.search(text, position)) is not None:
-            position = match.end()
+            position = int(match.end())
             char = match[0]
             if char == '"':
                 self._in_string = not self._in_string
@@ -121,10 +121,9 @@ class JsonBody:
             pieces += call
             self._state, self._tail = "tail", self._object_tail or self._tail
         if self._state == "arguments":
-            end = self._span.add(text, position)
-            if end > position:
-                pieces.append(Arguments(text[position:end]))
-            position = end
+            start, position = position, self._span.add(text, position)
+            if position > start:
+                pieces.append(Arguments(text[start:position]))
             if not self._span.closed:
                 return Taken(pieces, position, "more")
             self._state = "tail"

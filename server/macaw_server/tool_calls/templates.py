@@ -37,6 +37,7 @@ _PROBE_TOOL = {
         },
     },
 }
+_SYSTEM = {"role": "system", "content": "Be."}
 _USER = {"role": "user", "content": "Go."}
 _CALLING = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
 _ANSWER = {"role": "tool", "name": "macaw_probe", "tool_call_id": _PROBE_ID, "content": "macaw_answer"}
@@ -49,10 +50,12 @@ class TemplateTools:
     Attributes:
         lists_tools: The text has what is passed as `tools`.
         format: The form in which it writes calls; None where that is not known.
+        takes_system: It accepts a system message.
     """
 
     lists_tools: bool
     format: ToolFormat | None
+    takes_system: bool
 
 
 @lru_cache(maxsize=64)
@@ -63,14 +66,14 @@ def inspect_template(apply: Callable[..., Any], template: str) -> TemplateTools:
         apply: The tokenizer's `apply_chat_template`.
         template: Its source, by which the answer is remembered.
     """
-    listed = _rendered(apply, [_USER])
-    if "macaw_probe" not in listed:
-        return TemplateTools(False, HERMES)
+    takes_system = bool(_rendered(apply, [_SYSTEM, _USER]))
+    if "macaw_probe" not in _rendered(apply, [_USER]):
+        return TemplateTools(False, HERMES, takes_system)
     called = _rendered(apply, [_USER, _CALLING, _ANSWER]) or _rendered(apply, [_USER, _CALLING])
     format = format_of(called)
     if format is None:  # it may want something that the probe has not; its source names the marker all the same
         format = next((f for f in FORMATS.values() if f.begin in template), None)
-    return TemplateTools(True, format)
+    return TemplateTools(True, format, takes_system)
 
 
 def _rendered(apply: Callable[..., Any], messages: list[dict[str, Any]]) -> str:
@@ -81,13 +84,16 @@ def _rendered(apply: Callable[..., Any], messages: list[dict[str, Any]]) -> str:
     return text
 
 
-def without_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_tools(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, takes_system: bool = True
+) -> list[dict[str, Any]]:
     """A conversation that says with system, user and assistant messages what its tools and calls say.
 
-    The tools are listed at the end of the system message, or in one of their own. Calls are in the text of the
-    assistant, and answers in that of the user, neighbours in one message.
+    The tools are listed at the end of the system message, or in one of their own; for a template that takes none,
+    before the first message of the user. Calls are in the text of the assistant, and answers in that of the user,
+    neighbours in one message.
     """
-    told = []
+    told: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "tool":
             answer = f"<tool_response>\n{message['content']}\n</tool_response>"
@@ -106,7 +112,9 @@ def without_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -
     told = [{key: value for key, value in message.items() if key != "answers"} for message in told]
     if not tools:
         return told
-    first = told[0] if told and told[0]["role"] == "system" else None
+    if not takes_system and told[0]["role"] == "user":
+        return [{**told[0], "content": f"{instructions(tools)}\n\n{told[0]['content']}"}, *told[1:]]
+    first = told[0] if told[0]["role"] == "system" else None
     text = instructions(tools) if first is None else f"{first['content']}\n\n{instructions(tools)}"
     return [{"role": "system", "content": text}, *told[0 if first is None else 1 :]]
 

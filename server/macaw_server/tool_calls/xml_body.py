@@ -52,11 +52,11 @@ class XmlBody:
             match = _PARAMETER.match(text, position, partial=not last)
             if match is None:
                 break
-            end = -1 if match.partial else text.find(_CLOSE, match.end())
-            if end < 0:
+            close = -1 if match.partial else text.find(_CLOSE, match.end())
+            if close < 0:
                 return Taken(pieces, position, "more")
-            pieces.append(self._argument(match["key"], text[match.end() : end]))
-            position = end + len(_CLOSE)
+            pieces.append(self._argument(match["key"], text[match.end() : close]))
+            position = close + len(_CLOSE)
         if last and position == len(text):
             return Taken(pieces, position, "more")  # cut off
         end = _TAIL.match(text, position, last=last)
