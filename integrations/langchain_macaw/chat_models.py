@@ -29,6 +29,7 @@ from macaw import AsyncMacawClient, MacawClient, __version__
 
 SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
 """Fields of the protocol that OpenAI's API, and so its client, does not have."""
+_ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _MAX_THREADS = 64
 _NOT_PICKLED = {"client", "async_client", "root_client", "root_async_client"}
 
@@ -169,6 +170,8 @@ class ChatMacaw(BaseChatOpenAI):
         off, and a plan could not answer.
         """
         payload = super()._get_request_payload(input_, stop=stop, **kwargs)
+        if payload.get("tools") == []:  # as agents without tools bind them
+            payload = {name: value for name, value in payload.items() if name not in _ABOUT_TOOLS}
         body = {name: payload.pop(name) for name in SAMPLING_EXTENSIONS if name in payload}
         if (wanted := payload.pop("response_format", None)) is not None:
             body["response_format"] = response_format(wanted)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import httpx
 import pytest
+from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
 from langchain_core.exceptions import ContextOverflowError, OutputParserException
 from langchain_core.messages import HumanMessage
@@ -17,6 +18,7 @@ from langchain_core.tools import tool
 from openai import OpenAIError
 from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as BaseModelV1
+from typing_extensions import TypedDict
 
 from conftest import TENANTS
 from langchain_macaw import ChatMacaw, compile
@@ -122,6 +124,13 @@ def test_structured_output_is_an_instance(chat: ChatMacaw, schema: Any, method: 
     assert isinstance(answer, schema if schema in (Joke, JokeV1) else dict)
     *_, last = structured.stream("A joke.")
     assert last == answer
+
+
+@pytest.mark.parametrize("tools", [[], [now]])
+def test_an_agents_response_format_is_the_servers_grammar(chat: ChatMacaw, tools: Any) -> None:
+    """`create_agent` reads from the profile that the server can do so."""
+    agent = create_agent(chat, tools, response_format=JokeDict)
+    assert agent.invoke({"messages": [("user", "A joke.")]})["structured_response"]["setup"] in ("why", "how")
 
 
 def test_structured_output_keeps_the_raw_message_and_the_error(chat: ChatMacaw) -> None:
