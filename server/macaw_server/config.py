@@ -149,7 +149,18 @@ class ServerConfig(EngineConfig, BaseSettings):
     )
     served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
     tool_call_parser: (
-        Literal["hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args", "granite", "pythonic"] | None
+        Literal[
+            "hermes",
+            "qwen3_coder",
+            "llama3_json",
+            "mistral",
+            "mistral_args",
+            "deepseek_v3",
+            "deepseek_v31",
+            "granite",
+            "pythonic",
+        ]
+        | None
     ) = Field(
         default=None, description="How the model writes calls of tools; default: as its chat template writes them."
     )

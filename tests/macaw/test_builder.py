@@ -59,6 +59,24 @@ def test_messages_may_hold_variables():
     assert second.content == [TextPart(text="Hm.")]
 
 
+def test_messages_of_tool_calls():
+    b = ProgramBuilder()
+    fog = b.external("fog")
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": [fog]},
+    ]
+    b.call(messages, name="a", tools=[{"type": "function", "function": {"name": "weather"}}])
+    (made,) = b.growth().calls
+    _, calling, answer = made.request.messages
+    assert (calling.parts, calling.tool_calls[0].function.name) == ([], "weather")
+    assert (made.inputs, answer.parts) == (["fog"], [VariablePart(variable="fog")])
+    with pytest.raises(ValidationError, match="without|is missing"):
+        b.call([{"role": "assistant"}])
+
+
 def test_text_completion():
     b = ProgramBuilder()
     b.complete("Once ", b.external("who"), stop="\n")

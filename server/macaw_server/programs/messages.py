@@ -15,14 +15,15 @@ def joined(parts: Sequence[TextPart | VariablePart], values: Mapping[str, str]) 
 
 
 def template_messages(
-    messages: Sequence[Message], values: Mapping[str, str], id_len: int | None = None
+    messages: Sequence[Message], values: Mapping[str, str], *, id_len: int | None = None, as_text: bool = False
 ) -> list[dict[str, Any]]:
     """The messages of a request. An answer to a call gets the function's name, which some templates show.
 
     Args:
         messages: The request's.
         values: Of the variables in them.
-        id_len: Ids of calls are cut to their last characters, for a template that takes no others.
+        id_len: Ids of calls are cut to their last characters, or filled up, for a template that takes no others.
+        as_text: Arguments of calls stay text, for a template that takes no objects.
     """
     functions: dict[str, str] = {}
     result = []
@@ -32,10 +33,10 @@ def template_messages(
         name = message.name
         if message.tool_calls is not None:
             functions |= {call.id: call.function.name for call in message.tool_calls}
-            entry["tool_calls"] = [_template_call(call, id_len) for call in message.tool_calls]
+            entry["tool_calls"] = [_template_call(call, id_len, as_text) for call in message.tool_calls]
         if message.tool_call_id is not None:
             name = name or functions.get(message.tool_call_id)
-            entry["tool_call_id"] = _cut(message.tool_call_id, id_len)
+            entry["tool_call_id"] = _fitted(message.tool_call_id, id_len)
         result.append(entry if name is None else {**entry, "name": name})
     return result
 
@@ -56,9 +57,10 @@ def tool_list(request: ChatCompletionRequest) -> list[dict[str, Any]]:
     return tools
 
 
-def _template_call(call: ToolCall, id_len: int | None) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
-    return {"id": _cut(call.id, id_len), "type": call.type, "function": function}
+def _template_call(call: ToolCall, id_len: int | None, as_text: bool) -> dict[str, Any]:
+    text = call.function.arguments
+    function = {"name": call.function.name, "arguments": text if as_text else _arguments(text)}
+    return {"id": _fitted(call.id, id_len), "type": call.type, "function": function}
 
 
 def _arguments(text: str) -> Any:
@@ -70,5 +72,5 @@ def _arguments(text: str) -> Any:
     return arguments if isinstance(arguments, dict) else text
 
 
-def _cut(call_id: str, id_len: int | None) -> str:
-    return call_id if id_len is None else call_id[-id_len:]
+def _fitted(call_id: str, id_len: int | None) -> str:
+    return call_id if id_len is None else call_id[-id_len:].rjust(id_len, "0")

@@ -148,8 +148,9 @@ def _apply_chat_template(request: ChatCompletionRequest, values: Mapping[str, st
         known = template_tools(tokenizer)
         if not known.lists_tools:
             messages, tools = without_tools(messages, tools, takes_system=known.takes_system), []
-        elif known.format is not None and known.format.id_len is not None:
-            messages = template_messages(request.messages, values, known.format.id_len)
+        else:
+            id_len = None if known.format is None else known.format.id_len
+            messages = template_messages(request.messages, values, id_len=id_len, as_text=known.takes_text)
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **({"tools": tools} if tools else {})

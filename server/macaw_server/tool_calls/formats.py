@@ -24,6 +24,8 @@ _MISTRAL_HEADER = (
 )
 _LIST_CLOSE = r'(?:\s*,\s*"id"\s*:\s*"[^"]*")?\s*\}'
 _LIST_NEXT = r"\s*(?:(?P<next>,)\s*(?=\{)|\])"
+_CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL_BEGIN, _CALL_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
 
 def _hermes_body(schemas: Schemas) -> JsonBody:
@@ -38,6 +40,12 @@ def _mistral_body(schemas: Schemas) -> JsonBody:
     return JsonBody(_MISTRAL_HEADER, _LIST_CLOSE + _LIST_NEXT, _LIST_CLOSE)
 
 
+def _deepseek_body(schemas: Schemas) -> JsonBody:
+    header = rf"\s*(?:{_CALL_BEGIN})?(?:function{_SEP})?(?P<name>[\w.\-]{{1,256}})(?:{_SEP}|\s*```json)\s*(?=\{{)"
+    tail = rf"\s*(?:```\s*)?{_CALL_END}\s*(?:(?P<next>{_CALL_BEGIN})|{_CALLS_END})"
+    return JsonBody(header, tail, rf"(?:\s*```)?(?:\s*{_CALL_END})?")
+
+
 def _granite_body(schemas: Schemas) -> JsonBody:
     return JsonBody(r"\s*\[?" + _HERMES_HEADER, _LIST_CLOSE + _LIST_NEXT, _LIST_CLOSE)
 
@@ -49,6 +57,8 @@ _HERMES_MARKUP = Markup(
     separator="\n<tool_call>",
 )
 _LLAMA_MARKUP = Markup(begin="", prefix='{"name": "{name}", "parameters": ', suffix="}", separator="; ", first_char="{")
+
+_DEEPSEEK_MARKERS = (_CALLS_BEGIN, _CALL_BEGIN, _SEP, _CALL_END, _CALLS_END)
 
 HERMES = ToolFormat(
     name="hermes",
@@ -106,6 +116,34 @@ FORMATS = {
             markup=Markup(begin="[TOOL_CALLS]", prefix="{name}[ARGS]", suffix="", separator="[TOOL_CALLS]"),
             markers=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
             id_len=9,
+        ),
+        ToolFormat(
+            name="deepseek_v3",
+            begin=_CALLS_BEGIN,
+            body=_deepseek_body,
+            signature=rf"function{_SEP}macaw_probe",
+            markup=Markup(
+                begin=_CALLS_BEGIN,
+                prefix=f"{_CALL_BEGIN}function{_SEP}{{name}}\n```json\n",
+                suffix=f"\n```{_CALL_END}",
+                separator="\n",
+                close=_CALLS_END,
+            ),
+            markers=_DEEPSEEK_MARKERS,
+        ),
+        ToolFormat(
+            name="deepseek_v31",
+            begin=_CALLS_BEGIN,
+            body=_deepseek_body,
+            signature=rf"{_CALL_BEGIN}macaw_probe",
+            markup=Markup(
+                begin=_CALLS_BEGIN,
+                prefix=f"{_CALL_BEGIN}{{name}}{_SEP}",
+                suffix=_CALL_END,
+                separator="",
+                close=_CALLS_END,
+            ),
+            markers=_DEEPSEEK_MARKERS,
         ),
         ToolFormat(
             name="granite",

@@ -20,11 +20,6 @@ RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Attri
 """What a template raises over messages that it was not made for."""
 
 _PROBE_ID = "macaw0000"
-_PROBE_CALL = {
-    "id": _PROBE_ID,
-    "type": "function",
-    "function": {"name": "macaw_probe", "arguments": {"macaw_argument": "macaw_value"}},
-}
 _PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -39,7 +34,6 @@ _PROBE_TOOL = {
 }
 _SYSTEM = {"role": "system", "content": "Be."}
 _USER = {"role": "user", "content": "Go."}
-_CALLING = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
 _ANSWER = {"role": "tool", "name": "macaw_probe", "tool_call_id": _PROBE_ID, "content": "macaw_answer"}
 
 
@@ -51,11 +45,13 @@ class TemplateTools:
         lists_tools: The text has what is passed as `tools`.
         format: The form in which it writes calls; None where that is not known.
         takes_system: It accepts a system message.
+        takes_text: It wants the arguments of calls as text, where others want an object.
     """
 
     lists_tools: bool
     format: ToolFormat | None
     takes_system: bool
+    takes_text: bool = False
 
 
 @lru_cache(maxsize=64)
@@ -69,11 +65,19 @@ def inspect_template(apply: Callable[..., Any], template: str) -> TemplateTools:
     takes_system = bool(_rendered(apply, [_SYSTEM, _USER]))
     if "macaw_probe" not in _rendered(apply, [_USER]):
         return TemplateTools(False, HERMES, takes_system)
-    called = _rendered(apply, [_USER, _CALLING, _ANSWER]) or _rendered(apply, [_USER, _CALLING])
+    called = _called(apply, {"macaw_argument": "macaw_value"})
+    takes_text = not called and bool(called := _called(apply, '{"macaw_argument": "macaw_value"}'))
     format = format_of(called)
     if format is None:  # it may want something that the probe has not; its source names the marker all the same
         format = next((f for f in FORMATS.values() if f.begin in template), None)
-    return TemplateTools(True, format, takes_system)
+    return TemplateTools(True, format, takes_system, takes_text)
+
+
+def _called(apply: Callable[..., Any], arguments: Any) -> str:
+    """A conversation with a call, and its answer where the template takes that."""
+    call = {"id": _PROBE_ID, "type": "function", "function": {"name": "macaw_probe", "arguments": arguments}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return _rendered(apply, [_USER, calling, _ANSWER]) or _rendered(apply, [_USER, calling])
 
 
 def _rendered(apply: Callable[..., Any], messages: list[dict[str, Any]]) -> str:

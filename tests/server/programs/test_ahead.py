@@ -126,6 +126,29 @@ class TestByteLevelTokens:
             tokens = stable_tokens(last, 1, 1000)
             assert whole[: len(tokens)] == tokens
 
+    def test_tools_are_part_of_what_is_known(self):
+        tokenizer = TOKENIZERS["byte-level"]
+        function = {"name": "weather", "arguments": "{}"}
+        answer = {"role": "tool", "tool_call_id": "c", "content": [{"type": "variable", "variable": "v"}]}
+        request = ChatCompletionRequest.model_validate(
+            {
+                "messages": [
+                    {"role": "user", "content": "Go."},
+                    {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]},
+                    answer,
+                ],
+                "tools": [{"type": "function", "function": {"name": "weather"}}],
+            }
+        )
+        value = "The macaw is a parrot of the forests."
+        whole = render(request, {"v": value}, tokenizer)
+        for known, last in [("", "<tool_response>"), (value[:20], "The macaw is a")]:
+            prompt = known_prompt(request, {"v": known + SENTINEL}, tokenizer, None, 1000)
+            assert prompt.text.endswith(last)
+            tokens = stable_tokens(prompt, 1, 1000)
+            assert len(tokens) > 50
+            assert whole.token_ids[: len(tokens)] == tokens
+
     def test_the_end_of_a_known_text_is_all_that_is_tokenised_again(self, monkeypatch):
         tokenizer, seen = TOKENIZERS["byte-level"], []
         request, value = chat("Go on: ", "$v"), "The macaw is a parrot of the forests. " * 40

@@ -24,7 +24,7 @@ FUNCTIONS = [Function(name="f", parameters=PARAMETERS, strict=True), Function(na
 SCHEMAS = {function.name: arguments_schema(function) for function in FUNCTIONS}
 ANSWER = {"type": "object", "properties": {"z": {"type": "null"}}, "required": ["z"], "additionalProperties": False}
 END = 256
-MARKERS = {"[TOOL_CALLS]": 257, "<|tool_call|>": 258, "<|python_tag|>": 259, "[ARGS]": 260}
+MARKERS = {"[TOOL_CALLS]": 257, "<|tool_call|>": 258, "<|python_tag|>": 259, "[ARGS]": 260, "<｜tool▁sep｜>": 261}
 
 
 class Vocabulary:

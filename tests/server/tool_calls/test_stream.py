@@ -22,6 +22,9 @@ ARGUMENTS: list[dict[str, Any]] = [
 ]
 
 
+BEGIN, SEP, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+
+
 def written(name: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
     """Calls as a model of this family writes them."""
     objects = [json.dumps({"name": f, "arguments": a}, ensure_ascii=False) for f, a in calls]
@@ -34,6 +37,12 @@ def written(name: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
             return f"[TOOL_CALLS] [{', '.join(objects)}]"
         case "mistral_args":
             return "".join(f"[TOOL_CALLS]{f}[ARGS]{json.dumps(a)}" for f, a in calls)
+        case "deepseek_v3":
+            blocks = (f"{BEGIN}function{SEP}{f}\n```json\n{json.dumps(a)}\n```{END}" for f, a in calls)
+            return "<｜tool▁calls▁begin｜>" + "\n".join(blocks) + "<｜tool▁calls▁end｜>"
+        case "deepseek_v31":
+            blocks = (f"{BEGIN}{f}{SEP}{json.dumps(a)}{END}" for f, a in calls)
+            return "<｜tool▁calls▁begin｜>" + "".join(blocks) + "<｜tool▁calls▁end｜>"
         case "granite":
             return f"<|tool_call|>[{', '.join(objects)}]"
         case "qwen3_coder":
@@ -82,6 +91,7 @@ FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<tool", "_call>", "\n", " ", "Hi.", "{", "}", "[", "]", '"', "\\", ",", ";", "é"),
     *('{"name": "f", "arguments": ', '{"name": "f", "parameters": ', '{"a": 1}', '"arguments": {}', '"name": "g"'),
     *("[TOOL_CALLS]", "f[ARGS]", "<|tool_call|>", "<|python_tag|>", "<|python_start|>", "<|python_end|>", '"id": "x"'),
+    *("<｜tool▁calls▁begin｜>", BEGIN, SEP, END, "function", "```json", "```", "<｜tool▁calls▁end｜>"),
     *("<function=f>", "</function>", "<parameter=a>", "</parameter>", "[f(", "a=1", ")", "<", "|"),
 ]
 ANSWERS = st.one_of(

@@ -21,6 +21,10 @@ CALLS = {
     "mistral": f'[TOOL_CALLS] [{{"name": {{{{ {CALL} }}}}, "arguments": {{{{ {ARGUMENTS} }}}}, '
     '"id": "{{ c.id }}"}]',
     "mistral_args": "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ c.function.name }}\n"
+    "```json\n{{ '' + c.function.arguments }}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{{ c.function.name }}<｜tool▁sep｜>"
+    "{{ c.function.arguments | tojson }}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "granite": f'<|tool_call|>[{{"name": {{{{ {CALL} }}}}, "arguments": {{{{ {ARGUMENTS} }}}}}}]',
     "qwen3_coder": "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments | items %}"
     "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
@@ -113,12 +117,20 @@ def test_ids_are_cut_where_the_template_takes_short_ones_only() -> None:
     text = text_of(with_template(template(CALLS["mistral"], turn=TURN + "{{ m.tool_call_id }}")), tools=TOOLS)
     assert '"id": "000000001"' in text
     assert "Fog000000001[tool]Noon000000002" in text
+    messages = [{"role": "assistant", "tool_calls": [made("call_7", "now", "{}")]}]
+    assert '"id": "000call_7"' in text_of(with_template(template(CALLS["mistral"])), messages)
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "oops {", "[" * 5000])
 def test_what_a_model_wrote_that_is_no_object_stays_as_it_is(arguments: str) -> None:
     messages = [{"role": "assistant", "content": "Hm", "tool_calls": [made("call_1", "f", arguments)]}]
     assert arguments in text_of(with_template(template(CALLS["hermes"])), messages)
+
+
+def test_a_template_that_wants_arguments_as_text_gets_text() -> None:
+    tokenizer = with_template(template(CALLS["deepseek_v3"]))
+    assert template_tools(tokenizer).takes_text
+    assert '```json\n{"é": [1]}\n```' in text_of(tokenizer, tools=TOOLS)
 
 
 PLAIN = "{% for m in messages %}" + TURN + "\n{% endfor %}"
