@@ -185,10 +185,11 @@ class ScriptedServer:
             return failure(InvalidRequestError(str(error)))
         except MacawError as error:
             return failure(error)
+        facts = {"macaw": {"program_id": f"prog-of-{completion['id']}", "timings": {}}}
         if not body.stream:
-            return JSONResponse(completion)
+            return JSONResponse({**completion, **facts})
         if body.stream_options and body.stream_options.include_usage:
-            chunks.append({**chunks[-1], "choices": [], "usage": completion["usage"]})
+            chunks.append({**chunks[-1], "choices": [], "usage": completion["usage"], **facts})
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
         return StreamingResponse(iter(lines), media_type="text/event-stream")
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Self
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, Self, cast
 
-from langchain_core.callbacks import Callbacks
+import openai
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.language_models import ModelProfile
 from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.messages import BaseMessage
-from langchain_core.outputs import LLMResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ContextThreadPoolExecutor
 from langchain_core.utils import secret_from_env
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, SecretStr, model_validator
 
 from langchain_macaw.completions import AsyncReplayingCompletions, ReplayingCompletions
-from macaw import AsyncMacawClient, MacawClient
+from langchain_macaw.hints import awith_hints, follower, with_hints
+from langchain_macaw.served import served_profile, tokenize
+from langchain_macaw.structured import parsed, response_format
+from macaw import AsyncMacawClient, MacawClient, __version__
 from macaw.connections import shared_async_client, shared_client
 
-_SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
+SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
 """Fields of the protocol that OpenAI's API, and so its client, does not have."""
+_ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _MAX_THREADS = 64
-_CLIENT_FIELDS = {"client", "async_client", "root_client", "root_async_client"}
+_NOT_PICKLED = {"client", "async_client", "root_client", "root_async_client"}
 
 
 class ChatMacaw(BaseChatOpenAI):
@@ -71,6 +81,9 @@ class ChatMacaw(BaseChatOpenAI):
     stop_token_ids: list[int] | None = None
     """Tokens that end the output."""
 
+    hints: bool = True
+    """Say with each request what it belongs to; see `langchain_macaw.hints`."""
+
     @model_validator(mode="after")
     def _speak_chat_completions(self) -> Self:
         """Macaw has no responses API."""
@@ -89,6 +102,26 @@ class ChatMacaw(BaseChatOpenAI):
         if self.root_async_client is not None:
             self.async_client = AsyncReplayingCompletions(self.root_async_client)
         return self
+
+    @model_validator(mode="after")
+    def _set_macaw_version(self) -> Self:
+        self._add_version("macaw", __version__)
+        if self.hints:
+            follower()
+        return self
+
+    @model_validator(mode="after")
+    def _set_model_profile(self) -> Self:
+        """In place of the base's: `profile` asks the server when somebody reads it."""
+        return self
+
+    @model_validator(mode="after")
+    def _check_profile_keys(self) -> Self:
+        """In place of the base's, which would read it."""
+        return self
+
+    # -------------------------------------------------------------------------------------------------------
+    # How LangChain writes and traces it
 
     @property
     def lc_secrets(self) -> dict[str, str]:
@@ -112,9 +145,17 @@ class ChatMacaw(BaseChatOpenAI):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return LangSmithParams(**{**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "macaw"})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Connections stay behind; a model that was given its own HTTP client cannot be pickled."""
+        fields = {name: getattr(self, name) for name in self.model_fields_set - _NOT_PICKLED}
+        return _rebuild, (type(self), fields)
+
+    # -------------------------------------------------------------------------------------------------------
+    # Requests
+
     @property
     def _default_params(self) -> dict[str, Any]:
-        extensions = {name: getattr(self, name) for name in _SAMPLING_EXTENSIONS}
+        extensions = {name: getattr(self, name) for name in SAMPLING_EXTENSIONS}
         return {
             **super()._default_params,
             **{name: value for name, value in extensions.items() if value is not None},
@@ -123,11 +164,61 @@ class ChatMacaw(BaseChatOpenAI):
     def _get_request_payload(
         self, input_: LanguageModelInput, *, stop: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        """As the base's, with everything that `openai`'s client has no argument for, or an opinion on, in the body.
+
+        That includes `response_format`: the client would refuse tools that are not strict, and answers that are cut
+        off, and a plan could not answer.
+        """
         payload = super()._get_request_payload(input_, stop=stop, **kwargs)
-        extensions = {name: payload.pop(name) for name in _SAMPLING_EXTENSIONS if name in payload}
-        if extensions:
-            payload["extra_body"] = {**extensions, **(payload.get("extra_body") or {})}
+        if payload.get("tools") == []:  # as agents without tools bind them
+            payload = {name: value for name, value in payload.items() if name not in _ABOUT_TOOLS}
+        body = {name: payload.pop(name) for name in SAMPLING_EXTENSIONS if name in payload}
+        if (wanted := payload.pop("response_format", None)) is not None:
+            body["response_format"] = response_format(wanted)
+        if body:
+            payload["extra_body"] = {**body, **(payload.get("extra_body") or {})}
         return payload
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return super()._generate(messages, stop, run_manager, **with_hints(self, run_manager, kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        kwargs = await awith_hints(self, run_manager, kwargs)
+        return await super()._agenerate(messages, stop, run_manager, **kwargs)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        return super()._stream(messages, stop, run_manager, **with_hints(self, run_manager, kwargs))
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        kwargs = await awith_hints(self, run_manager, kwargs)
+        native: Any = super()._astream(messages, stop, run_manager, **kwargs)
+        async with aclosing(native) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def generate(
         self,
@@ -153,13 +244,98 @@ class ChatMacaw(BaseChatOpenAI):
             run=[run for result in results for run in result.run or []] or None,
         )
 
+    # -------------------------------------------------------------------------------------------------------
+    # Answers
+
+    def _create_chat_result(
+        self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
+    ) -> ChatResult:
+        result = super()._create_chat_result(response, generation_info)
+        facts = response.get("macaw") if isinstance(response, dict) else getattr(response, "macaw", None)
+        for generation in result.generations:
+            generation.message.response_metadata.update(facts or {})
+        return result
+
+    def _convert_chunk_to_generation_chunk(
+        self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
+    ) -> ChatGenerationChunk | None:
+        generation = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
+        if generation is not None and (facts := chunk.get("macaw")):
+            generation.message.response_metadata.update(facts)
+        return generation
+
     def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
         return super()._combine_llm_outputs([_without_none(output) for output in llm_outputs])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Connections stay behind; a model that was given its own HTTP client cannot be pickled."""
-        fields = {name: getattr(self, name) for name in self.model_fields_set - _CLIENT_FIELDS}
-        return _rebuild, (type(self), fields)
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Literal["function_calling", "json_mode", "json_schema"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        tools: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """A Runnable whose answers are instances of `schema`, or dicts.
+
+        Args:
+            schema: A pydantic class, a TypedDict, a JSON schema, or a tool as OpenAI writes it. May be left out for
+                `json_mode`.
+            method: `json_schema` holds the answer to the schema by a grammar; the model does not see it, so the prompt
+                should say what is wanted. `function_calling` shows the schema to the model as a tool, and holds the
+                answer to it too. `json_mode` holds the answer to any JSON object.
+            include_raw: Answer with a dict of `raw`, `parsed` and `parsing_error` instead.
+            strict: As in `ChatOpenAI`; the server holds answers to the schema either way.
+            tools: Tools that the model may call instead (`json_schema` only); the answer is None then.
+            kwargs: Bound to the model.
+        """
+        if method == "function_calling":
+            return super().with_structured_output(
+                schema, method=method, include_raw=include_raw, strict=strict, tools=tools, **kwargs
+            )
+        if method not in ("json_mode", "json_schema"):
+            raise ValueError(f"method={method!r} is none. Give 'json_schema', 'function_calling' or 'json_mode'.")
+        if strict is not None and method == "json_mode":
+            raise ValueError("strict is for method='json_schema' and 'function_calling'. Leave it out for 'json_mode'.")
+        if schema is None and method == "json_schema":
+            raise ValueError("method='json_schema' needs a schema. Give one, or use method='json_mode'.")
+        bound: dict[str, Any] = {"response_format": {"type": "json_object"}}
+        described = schema
+        if method == "json_schema":
+            bound["response_format"] = response_format(schema, strict=strict)
+            described = convert_to_openai_tool(schema)
+        if tools:
+            bound["tools"] = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        options = {"method": method} if method == "json_mode" else {"method": method, "strict": strict}
+        llm = self.bind(**bound, ls_structured_output_format={"kwargs": options, "schema": described}, **kwargs)
+        return parsed(llm, schema, include_raw=include_raw)
+
+    # -------------------------------------------------------------------------------------------------------
+    # What the server knows
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The served model's tokens of a text; asks the server."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return tokenize(self.root_client, {"model": self.model_name, "prompt": text}).tokens
+
+    def get_num_tokens_from_messages(
+        self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None, **_: Any
+    ) -> int:
+        """The length of the prompt that the server makes of these messages and tools; asks the server."""
+        payload = self._get_request_payload(list(messages))
+        body = {"model": payload["model"], "messages": payload["messages"]}
+        if tools:
+            body["tools"] = [convert_to_openai_tool(tool) for tool in tools]
+        return tokenize(self.root_client, body).count
+
+    def _served_profile(self) -> ModelProfile | None:
+        """What `profile` is: as given, or else as the server says; None while it cannot be asked."""
+        known = self.__dict__.get("profile")
+        if not isinstance(known, Mapping):  # None, or in subclasses the property itself, taken for a default
+            known = self.__dict__["profile"] = served_profile(self.root_client, self.model_name)
+        return cast("ModelProfile | None", known)
 
     # -------------------------------------------------------------------------------------------------------
     # For `langchain_macaw.compile`
@@ -194,6 +370,14 @@ class ChatMacaw(BaseChatOpenAI):
         if isinstance(self.request_timeout, int | float):
             arguments["timeout_s"] = self.request_timeout
         return arguments
+
+
+def _set_profile(model: ChatMacaw, profile: ModelProfile | None) -> None:
+    model.__dict__["profile"] = profile
+
+
+# A field may not be a property, but an attribute of the class comes before what an instance has of that name.
+ChatMacaw.profile = property(ChatMacaw._served_profile, _set_profile)  # type: ignore[assignment]
 
 
 def _rebuild(cls: type[ChatMacaw], fields: dict[str, Any]) -> ChatMacaw:

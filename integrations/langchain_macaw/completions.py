@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 
 from langchain_macaw.plan import CURRENT_PLAN, CallEvent, Replay
 from macaw.errors import error_from_wire
-from macaw.protocol import CallCompleted, CallDelta, CallFailed, ErrorBody
+from macaw.protocol import AnswerFacts, CallCompleted, CallDelta, CallFailed, ErrorBody
 
 _RETRIED_STATUSES = (408, 409, 429)  # by openai's client, and everything from 500
 
@@ -117,15 +117,30 @@ class AsyncReplayingCompletions:
 
 def _planned(payload: Mapping[str, Any]) -> Replay | None:
     plan = CURRENT_PLAN.get()
-    replay = plan.take(payload) if plan else None
+    replay = plan.take(_without_hints(payload)) if plan else None
     if replay and not payload.get("stream"):
         replay.skip_deltas()
     return replay
 
 
+def _without_hints(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A plan knows what its calls belong to."""
+    body = payload.get("extra_body")
+    if not body or "macaw" not in body:
+        return payload
+    return {**payload, "extra_body": {name: value for name, value in body.items() if name != "macaw"}}
+
+
 def _completion(event: CallEvent) -> ChatCompletion:
     assert isinstance(event, CallCompleted), event
-    return ChatCompletion.construct(**event.completion)
+    return ChatCompletion.construct(**event.completion, macaw=_facts(event))
+
+
+def _facts(event: CallCompleted) -> dict[str, Any]:
+    """What the server adds to an ordinary answer."""
+    plan = CURRENT_PLAN.get()
+    facts = AnswerFacts(program_id=(plan and plan.program_id) or "", timings=event.timings)
+    return facts.model_dump(exclude_defaults=True)
 
 
 def _chunk(event: CallDelta) -> Iterator[dict[str, Any]]:
@@ -145,6 +160,7 @@ def _usage_chunk(event: CallEvent | None, payload: Mapping[str, Any]) -> Iterato
             "model": completion["model"],
             "choices": [],
             "usage": completion["usage"],
+            "macaw": _facts(event),
         }
 
 

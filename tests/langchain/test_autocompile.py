@@ -14,11 +14,11 @@ import langchain_classic.chains  # noqa: F401  (legacy chains are among the clas
 import pytest
 from chain_corpus import CHUNKS, TEXT, chat, map_reduce_mustache
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableParallel, RunnableSequence
-from scripted_macaw_server import Recorder
 from test_corpus import ASYNC_WAYS, WAYS, comparable
 
 from langchain_macaw import ChatMacaw, autocompile, compile
 from langchain_macaw.lowering import Lowering
+from scripted_macaw_server import Recorder
 
 VALUE = {"x": "1"}
 

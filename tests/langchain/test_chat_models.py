@@ -12,11 +12,11 @@ import httpx
 import pytest
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage
-from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile
 from macaw.connections import shared_async_client
 from macaw.protocol import ChatCompletionRequest
+from scripted_macaw_server import Recorder
 
 EVERYTHING: dict[str, Any] = {
     "temperature": 0.5,
@@ -123,8 +123,9 @@ def test_usage_has_cached_tokens(llm: ChatMacaw) -> None:
 def test_replayed_message_is_the_native_one(way: str, llm: ChatMacaw, recorder: Recorder) -> None:
     def messages(runnable: Any) -> list[AIMessage]:
         answers = [runnable.invoke("hi")] if way == "invoke" else list(runnable.stream("hi"))
+        own = {"id": None, "program_id": None, "timings": None}
         return [
-            answer.model_copy(update={"id": None, "response_metadata": {**answer.response_metadata, "id": None}})
+            answer.model_copy(update={"id": None, "response_metadata": {**answer.response_metadata, **own}})
             for answer in answers
         ]
 

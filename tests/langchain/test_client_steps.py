@@ -25,11 +25,11 @@ from langchain_core.runnables import (
 from langchain_core.tools import tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from pydantic import BaseModel
-from scripted_macaw_server import Recorder
 from test_corpus import ASYNC_WAYS, WAYS, comparable, tree
 
 from langchain_macaw import ChatMacaw, compile
 from langchain_macaw.plan import CURRENT_PLAN
+from scripted_macaw_server import Recorder
 
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,13 @@ from langchain_core.runnables import (
     RunnableParallel,
     RunnablePassthrough,
 )
-from scripted_macaw_server import Recorder
 
 import langchain_macaw
 from langchain_macaw import ChatMacaw, compile
 from langchain_macaw.compile import CompiledChain
 from langchain_macaw.lowering import Lowering
 from langchain_macaw.plan import CURRENT_PLAN
+from scripted_macaw_server import Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 def test_exports() -> None:
-    assert langchain_macaw.__all__ == ["ChatMacaw", "autocompile", "compile"]
+    assert langchain_macaw.__all__ == ["ChatMacaw", "MacawLLM", "autocompile", "compile"]
 
 
 def test_whole_message_in_text_is_left_to_native_execution(

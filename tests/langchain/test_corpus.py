@@ -20,9 +20,9 @@ from langchain_core.load import dumps
 from langchain_core.runnables import Runnable
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.tracers.schemas import Run
-from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile
+from scripted_macaw_server import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainDeprecationWarning")
 

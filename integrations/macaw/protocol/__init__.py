@@ -6,9 +6,11 @@ refused by name, never accepted and ignored.
 """
 
 from macaw.protocol.answers import (
+    AnswerFacts,
     CallState,
     ProgramList,
     ProgramState,
+    Tokens,
 )
 from macaw.protocol.base import MAX_SCHEMA_DEPTH, WireModel
 from macaw.protocol.events import (
@@ -81,6 +83,7 @@ __all__ = [
     "MAX_TOOLS",
     "AllowedTools",
     "AllowedToolsChoice",
+    "AnswerFacts",
     "AnyEvent",
     "Call",
     "CallCompleted",
@@ -120,6 +123,7 @@ __all__ = [
     "StructuredOutputs",
     "Target",
     "TextPart",
+    "Tokens",
     "Tool",
     "ToolCall",
     "ToolChoice",

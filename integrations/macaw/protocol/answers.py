@@ -11,7 +11,10 @@ from macaw.protocol.programs import Target, Transform
 
 
 class CallState(WireModel):
-    """A call in ``GET /v1/programs/{id}`` and in the answer of a program without a stream."""
+    """A call in ``GET /v1/programs/{id}`` and in the answer of a program without a stream.
+
+    Where it is a request with hints, `depth` and `group_size` are what these say.
+    """
 
     id: str
     status: Literal["waiting", "ready", "running", "completed", "failed"]
@@ -19,9 +22,22 @@ class CallState(WireModel):
     output: str
     depth: int
     group: str | None = None
+    group_size: int | None = None
     timings: CallTimings
     completion: dict[str, Any] | None = None
     error: ErrorBody | None = None
+
+
+class AnswerFacts(WireModel):
+    """What Macaw adds to OpenAI's answers, as field `macaw` of a completion or of the chunk with its usage.
+
+    Attributes:
+        program_id: For ``GET /v1/programs/{id}``; a request without an `app` is there only while it runs.
+        timings: Of the (first) call.
+    """
+
+    program_id: str
+    timings: CallTimings
 
 
 class ProgramState(WireModel):
@@ -62,3 +78,17 @@ class ProgramList(WireModel):
 
     object: Literal["list"] = "list"
     data: list[ProgramState]
+
+
+class Tokens(WireModel):
+    """Answer of ``POST /v1/tokenize``: the prompt of a request as the model sees it.
+
+    Attributes:
+        count: How many tokens that is.
+        max_model_len: How many prompt and answer may have.
+        tokens: Their ids.
+    """
+
+    count: int
+    max_model_len: int
+    tokens: list[int]

@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from macaw.errors import InvalidRequestError
 from macaw.protocol import (
+    AnswerFacts,
     Call,
     CallCompleted,
     CallDelta,
@@ -28,6 +30,7 @@ from macaw_server.http.parsing import parse_openai, read_json
 from macaw_server.http.streams import ProgramStream, wait_for_end
 from macaw_server.service import ProgramRun, ProgramService, ServedModel, Tenant
 from macaw_server.service.completions import add_usage
+from macaw_server.service.tools import tool_format
 
 
 class OpenAIEndpoints:
@@ -42,6 +45,7 @@ class OpenAIEndpoints:
         table = [
             ("/v1/chat/completions", self.chat, "POST"),
             ("/v1/completions", self.complete, "POST"),
+            ("/v1/tokenize", self.tokenize, "POST"),
             ("/v1/models", self.models, "GET"),
             ("/v1/models/{name:path}", self.model, "GET"),
         ]
@@ -60,6 +64,19 @@ class OpenAIEndpoints:
         self._service.check_room(tenant)
         body = await read_json(request, self._config.max_body_bytes)
         return await self._answer(request, tenant, parse_openai(CompletionRequest, body))
+
+    async def tokenize(self, request: Request, tenant: Tenant) -> Response:
+        """The tokens of a chat's or a completion's prompt."""
+        self._service.check_room(tenant)
+        body = await read_json(request, self._config.max_body_bytes)
+        if "messages" in body:
+            tokens = await self._service.tokenize(parse_openai(ChatCompletionRequest, body))
+        else:
+            completion = parse_openai(CompletionRequest, body)
+            if not isinstance(completion.prompt, str):
+                raise InvalidRequestError("One prompt of text is counted at a time. Send a string.", param="prompt")
+            tokens = await self._service.tokenize(completion)
+        return JSONResponse(tokens.model_dump())
 
     async def models(self, request: Request, tenant: Tenant) -> Response:
         """The served models."""
@@ -81,7 +98,7 @@ class OpenAIEndpoints:
         if run.program.error is not None:
             raise run.program.error
         completions = [node.completion for node in run.program.calls.values() if node.completion is not None]
-        return JSONResponse(_merged(completions))
+        return JSONResponse(_merged(completions) | _facts(run))
 
 
 def _as_program(body: ChatCompletionRequest | CompletionRequest) -> ProgramRequest:
@@ -126,7 +143,7 @@ async def _chunks(run: ProgramRun, num_choices: int, include_usage: bool) -> Asy
                 yield _data({"error": error.model_dump()})
                 return
     if include_usage:
-        yield _data(last | {"choices": [], "usage": usage})
+        yield _data(last | {"choices": [], "usage": usage} | _facts(run))
     yield ServerSentEvent("[DONE]", sep="\n")
 
 
@@ -141,6 +158,11 @@ def _merged(completions: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def _facts(run: ProgramRun) -> dict[str, Any]:
+    first = next(iter(run.program.calls.values()))
+    return {"macaw": AnswerFacts(program_id=run.shown_id, timings=first.timings).model_dump(exclude_defaults=True)}
+
+
 def _model_object(model: ServedModel) -> dict[str, Any]:
     return {
         "id": model.name,
@@ -149,6 +171,7 @@ def _model_object(model: ServedModel) -> dict[str, Any]:
         "owned_by": "macaw",
         "max_model_len": model.engine.info.max_model_len,
         "has_chat_template": bool(model.tokenizer.chat_template),
+        "tool_calling": tool_format(model) is not None,
     }
 
 

@@ -50,17 +50,17 @@ class ProgramEndpoints:
 
     async def list(self, request: Request, tenant: Tenant) -> Response:
         """The states of all programs that are remembered."""
-        return _json(ProgramList(data=[run.state for run in self._service.list(tenant)]))
+        return _json(ProgramList(data=list(self._service.states(tenant))))
 
     async def get(self, request: Request, tenant: Tenant) -> Response:
         """A program's state."""
-        return _json(self._service.get(tenant, request.path_params["id"]).state)
+        return _json(self._service.state(tenant, request.path_params["id"]))
 
     async def cancel(self, request: Request, tenant: Tenant) -> Response:
         """End a program; one that has ended stays as it is."""
-        run = self._service.get(tenant, request.path_params["id"])
-        run.cancel(CancelledError("The program was cancelled by DELETE."))
-        return _json(run.state)
+        program_id = request.path_params["id"]
+        self._service.cancel(tenant, program_id, CancelledError("The program was cancelled by DELETE."))
+        return _json(self._service.state(tenant, program_id))
 
     async def events(self, request: Request, tenant: Tenant) -> Response:
         """A program's events behind number `after`."""

@@ -30,6 +30,7 @@ from macaw_server.programs.calls import CallNode
 from macaw_server.programs.program import Program
 from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService, ProgramAhead
+from macaw_server.service.applications import application_id
 from macaw_server.service.call_runner import CallRunner, abort_all
 from macaw_server.service.completions import ResponseFormat
 from macaw_server.service.metrics import Metrics
@@ -66,6 +67,7 @@ class ProgramRun:
     Attributes:
         started_s: Monotonic seconds; all times in the program count from here.
         values: Variables that have a value.
+        hints: Of a plain program.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class ProgramRun:
         self.values: dict[str, str] = {}
         self._surroundings = surroundings
         self._prepared = prepared
-        self._hints = hints
+        self.hints = hints
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._runners: dict[str, CallRunner] = {}
@@ -102,7 +104,13 @@ class ProgramRun:
     @property
     def is_plain(self) -> bool:
         """Whether the program stands for an OpenAI request."""
-        return self._hints is not None
+        return self.hints is not None
+
+    @property
+    def shown_id(self) -> str:
+        """The id under which a client finds it: that of its application, if it belongs to one."""
+        app = None if self.hints is None else self.hints.app
+        return self.id if app is None else application_id(self.tenant, app)
 
     @property
     def state(self) -> ProgramState:
@@ -302,7 +310,7 @@ class ProgramRun:
         hints = self.program.hints(
             node, started_s=self.started_s, tenant=self.tenant.id, tenant_weight=self.tenant.weight
         )
-        return hints if self._hints is None else _overridden(hints, self._hints, self.tenant)
+        return hints if self.hints is None else _overridden(hints, self.hints, self.tenant)
 
     def least_ms(self, node: CallNode) -> float:
         """What is left of an unfinished call at least."""

@@ -17,10 +17,21 @@ from macaw.errors import (
     NotFoundError,
     OverloadedError,
 )
-from macaw.protocol import Call, Hints, ProgramGrowth, ProgramRequest, Variable
+from macaw.protocol import (
+    Call,
+    ChatCompletionRequest,
+    CompletionRequest,
+    Hints,
+    ProgramGrowth,
+    ProgramRequest,
+    ProgramState,
+    Tokens,
+    Variable,
+)
 from macaw_server.programs.program import Program
 from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService
+from macaw_server.service.applications import Applications, states
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.models import ModelRegistry
 from macaw_server.service.pace import Pace
@@ -67,6 +78,7 @@ class ProgramService:
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
         self._admission = Admission(self.config.max_live_calls, shared=len(self.tenants) > 1)
         self._pace = Pace()
+        self._applications = Applications(self.config)
         self._surroundings = Surroundings(
             self.config,
             PromptPreparer(self.models),
@@ -154,6 +166,32 @@ class ProgramService:
             )
         return run
 
+    def state(self, tenant: Tenant, program_id: str) -> ProgramState:
+        """The state of a program, or of an application whose requests are one by their hints.
+
+        Raises:
+            NotFoundError: There is none of this tenant's.
+        """
+        if (application := self._applications.find(tenant, program_id)) is not None:
+            return states([application])[0]
+        return self.get(tenant, program_id).state
+
+    def states(self, tenant: Tenant) -> Sequence[ProgramState]:
+        """All of the tenant's programs, the longest remembered first; then applications, the latest last."""
+        in_app = {id_ for app in self._applications.of(tenant) for id_ in app.live_programs}
+        programs = [run.state for run in self.list(tenant) if run.id not in in_app]
+        return [*programs, *states(self._applications.of(tenant))]
+
+    def cancel(self, tenant: Tenant, program_id: str, error: CancelledError) -> None:
+        """End a program, or what an application has running; one that has ended stays as it is.
+
+        Raises:
+            NotFoundError: There is none of this tenant's.
+        """
+        application = self._applications.find(tenant, program_id)
+        for id_ in [program_id] if application is None else application.live_programs:
+            self.get(tenant, id_).cancel(error)
+
     def list(self, tenant: Tenant) -> list[ProgramRun]:
         """The tenant's programs, oldest first."""
         self._forget_old()
@@ -177,6 +215,11 @@ class ProgramService:
         self._surroundings.preparer.close()
         self._surroundings.ahead.close()
 
+    async def tokenize(self, request: ChatCompletionRequest | CompletionRequest) -> Tokens:
+        """The prompt of a request as its model would see it. Raises `RequestError`."""
+        model, tokens = await self._surroundings.preparer.tokenize(request)
+        return Tokens(count=len(tokens), max_model_len=model.engine.info.max_model_len, tokens=tokens)
+
     def check_room(self, tenant: Tenant) -> None:
         """Whether one more call would be taken, asked before a body is read; raises `OverloadedError`."""
         self._check_draining()
@@ -199,6 +242,8 @@ class ProgramService:
         run = ProgramRun(program, tenant, self._surroundings, prepared, hints)
         self._check_deadline(run)
         self._live[run.id] = run
+        if hints is not None:
+            self._applications.begin(tenant, program, hints)
         run.start()
         return run
 
@@ -239,7 +284,9 @@ class ProgramService:
         del self._live[run.id]
         if not self._live:
             self._all_ended.set()
-        if not run.is_plain:
+        if run.hints is not None:
+            self._applications.end(run.tenant, run.program, run.hints)
+        else:
             self._kept[run.id] = run, time.monotonic()
             self._num_kept_events += len(run.program.events)
             self._forget_old()

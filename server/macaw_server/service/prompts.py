@@ -82,6 +82,17 @@ class PromptPreparer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, _prepare_known, calls, models, values, plain)
 
+    async def tokenize(self, request: ChatCompletionRequest | CompletionRequest) -> tuple[ServedModel, list[int]]:
+        """The model of a request that nobody runs, and its prompt, however long.
+
+        Raises:
+            RequestError: The prompt cannot be rendered, or the model is not served.
+        """
+        model = self._models.find(request.model)
+        loop = asyncio.get_running_loop()
+        rendered = await loop.run_in_executor(self._threads, render, request, {}, model.tokenizer)
+        return model, rendered.token_ids
+
     def close(self) -> None:
         """End the threads; what they are at is finished and dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -29,6 +29,7 @@ class ServiceConfig:
             `overloaded`.
         max_kept_programs: Finished programs that can still be asked for.
         max_kept_events: The same bound in events, for what a program costs in memory is its events.
+        max_app_calls: Finished requests with hints that are remembered, of one application and of one tenant.
         kept_s: How long a finished program can be asked for at most, seconds.
         idle_s: How long a program waits for its client (a variable, growth) before it is given up, seconds.
         ping_s: Seconds between the comments that keep an event stream's connection alive.
@@ -42,6 +43,7 @@ class ServiceConfig:
     max_live_calls: int = 4096
     max_kept_programs: int = 256
     max_kept_events: int = 200_000
+    max_app_calls: int = 10_000
     kept_s: float = 600.0
     idle_s: float = 600.0
     ping_s: float = 15.0

@@ -23,9 +23,9 @@ class Api:
     async def post(self, path, body, **kwargs):
         return await self.http.post(path, json=body, **kwargs)
 
-    async def chat(self, content="Hi", **fields):
+    async def chat(self, content="Hi", headers=None, **fields):
         body = {"messages": [{"role": "user", "content": content}], **fields}
-        return await self.post("/v1/chat/completions", body)
+        return await self.post("/v1/chat/completions", body, headers=headers)
 
 
 @pytest.fixture

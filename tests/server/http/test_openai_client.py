@@ -3,7 +3,8 @@
 import openai
 import pytest
 
-from server.service.harness import MODEL, chat_prompt, encode, tokenizer, until
+from macaw.protocol import Tokens
+from server.service.harness import MAX_MODEL_LEN, MODEL, chat_prompt, encode, tokenizer, until
 
 PROMPT = [{"role": "user", "content": "Count."}]
 
@@ -214,3 +215,16 @@ def test_a_failure_within_a_stream(client, live):
 def test_expected_text_is_what_the_engine_said(client, live):
     completion = chat(client, [{"role": "user", "content": "anything"}], max_tokens=30)
     assert completion.choices[0].message.content == expected(live)
+
+
+async def test_tokens_are_counted_as_the_model_sees_them(api):
+    body = {"messages": [{"role": "user", "content": "How long is this?"}]}
+    counted = Tokens.model_validate_json((await api.post("/v1/tokenize", body)).content)
+    assert counted.tokens == encode(chat_prompt("How long is this?"))
+    assert (counted.count, counted.max_model_len) == (len(counted.tokens), MAX_MODEL_LEN)
+    text = await api.post("/v1/tokenize", {"prompt": "How long?"})
+    assert text.json()["tokens"] == encode("How long?")
+    assert api.engine.requests == []
+    refused = await api.post("/v1/tokenize", {"prompt": ["one", "two"]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt"

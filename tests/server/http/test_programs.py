@@ -158,19 +158,82 @@ async def test_prompts_of_text_completion(api):
 
 async def test_plain_requests_are_programs_while_they_run(api):
     api.engine.hold()
-    hints = {"app": "crew", "group": "writers", "group_size": 4, "stage": 1}
-    task = asyncio.create_task(api.chat(macaw=hints, user="u1"))
+    task = asyncio.create_task(api.chat(macaw={"group": "writers", "group_size": 4, "stage": 1}, user="u1"))
     await until(lambda: api.engine.active)
-    (state,) = ProgramList.model_validate_json((await api.http.get("/v1/programs")).content).data
-    assert state.metadata == {
-        "app": "crew",
-        "group": "writers",
-        "group_size": "4",
-        "stage": "1",
-        "user": "u1",
-    }
+    (state,) = await programs(api)
+    assert state.metadata == {"group": "writers", "group_size": "4", "stage": "1", "user": "u1"}
     assert [c.status for c in state.calls] == ["running"]
-    assert api.engine.requests[0].hints.program_id == "anonymous/crew"
     api.engine.release()
-    assert (await task).status_code == 200
-    assert (await api.http.get("/v1/programs")).json() == {"object": "list", "data": []}
+    answer = await task
+    assert answer.json()["macaw"]["program_id"] == state.id
+    assert await programs(api) == []
+
+
+async def test_requests_of_one_app_are_one_program_with_groups(api):
+    plan = (await api.chat("Plan it", macaw={"app": "crew", "stage": 0})).json()
+    api.engine.hold()
+    hints = {"app": "crew", "group": "writers", "group_size": 2, "stage": 1}
+    tasks = [asyncio.create_task(api.chat(f"Write {i}", macaw=hints)) for i in range(2)]
+    await until(lambda: len(api.engine.active) == 2)
+    assert {request.hints.program_id for request in api.engine.requests} == {"anonymous/crew"}
+    (state,) = await programs(api)
+    assert (state.status, state.metadata, state.totals.calls) == ("running", {"app": "crew"}, 3)
+    assert [(c.id, c.status, c.depth, c.group, c.group_size) for c in state.calls] == [
+        ("0", "completed", 0, None, None),
+        ("1", "running", 1, "writers", 2),
+        ("2", "running", 1, "writers", 2),
+    ]
+    assert all(call.completion is None for call in state.calls)
+    assert state.calls[0].timings.completed_ms <= state.calls[1].timings.ready_ms
+    api.engine.release()
+    answers = [(await task).json() for task in tasks]
+    assert {answer["macaw"]["program_id"] for answer in answers} == {state.id}
+    (ended,) = await programs(api)
+    assert (ended.id, ended.status) == (state.id, "completed")
+    usage = [answer["usage"] for answer in (plan, *answers)]
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert getattr(ended.totals, name) == sum(one[name] for one in usage)
+    one = await api.http.get(f"/v1/programs/{state.id}")
+    assert ProgramState.model_validate_json(one.content) == ended
+
+
+async def test_an_app_is_cancelled_as_a_whole(api):
+    api.engine.hold()
+    tasks = [asyncio.create_task(api.chat(f"Write {i}", macaw={"app": "crew"})) for i in range(2)]
+    await until(lambda: len(api.engine.active) == 2)
+    (state,) = await programs(api)
+    cancelled = await api.http.delete(f"/v1/programs/{state.id}")
+    assert [call["error"]["code"] for call in cancelled.json()["calls"]] == ["cancelled"] * 2
+    assert [(await task).status_code for task in tasks] == [499, 499]
+    assert not api.engine.active
+
+
+async def test_apps_are_a_tenants_own_and_bounded(make_api):
+    api = make_api(api_keys=("a", "b"), max_kept_programs=2, max_app_calls=3)
+
+    async def ask(app, key):
+        answer = await api.chat(macaw={"app": app}, headers={"Authorization": f"Bearer {key}"})
+        return answer.json()["macaw"]["program_id"]
+
+    async def of(key):
+        return [(state.metadata["app"], len(state.calls)) for state in await programs(api, key)]
+
+    first = await ask("x", "a")
+    assert await ask("x", "a") == first
+    assert await ask("x", "b") != first
+    headers = {"Authorization": "Bearer b"}
+    assert (await api.http.get(f"/v1/programs/{first}", headers=headers)).status_code == 404
+    for app in "yz":
+        await ask(app, "a")
+    assert await of("a") == [("y", 1), ("z", 1)]
+    assert await of("b") == [("x", 1)]
+    for _ in range(4):
+        await ask("z", "a")
+    (state,) = await programs(api, "a")
+    assert (state.totals.calls, [call.id for call in state.calls]) == (5, ["2", "3", "4"])
+
+
+async def programs(api, key=None):
+    """What the server lists."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return ProgramList.model_validate_json((await api.http.get("/v1/programs", headers=headers)).content).data
