@@ -245,7 +245,7 @@ class Lowering:
         """
         if not self._new:
             return None
-        planned, calls = ([pair[i] for pair in self._new] for i in (0, 1))
+        planned, calls = [call for call, _ in self._new], [call for _, call in self._new]
         self._new = []
         read = dict.fromkeys(name for call in planned for name in sorted(call.template.variables))
         escaped = [name for name in read if name.endswith(ESCAPED_SUFFIX) and name not in self._escaped]

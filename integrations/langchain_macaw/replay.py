@@ -147,12 +147,13 @@ class _Threads:
     def _grow(self) -> None:
         self._posted.wait()
         client = self._plan.model._program_client()
-        while growth := self._growths.get():
-            parts = [growth]
-            while not self._growths.empty() and (part := self._growths.get()):
-                parts.append(part)
-            growth = _merged(parts)
-            if self._plan.program_id is None or self._plan.closed:
+        waiting: list[ProgramGrowth | None] = []
+        while None not in waiting:
+            waiting = [self._growths.get()]
+            while not self._growths.empty():
+                waiting.append(self._growths.get())
+            growth = _merged([part for part in waiting if part])
+            if self._plan.program_id is None or self._plan.closed or not (growth.calls or growth.close):
                 continue
             try:
                 client.grow(self._plan.program_id, growth)
