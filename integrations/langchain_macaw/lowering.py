@@ -288,10 +288,10 @@ class Lowering:
         if pending.known:
             return []
         value = self.known(value)
+        self._open.discard(pending)
         if isinstance(value, Pending):
             self._wait(pending, [value], lambda: self.known(value))
             return []
-        self._open.discard(pending)
         if value is OPAQUE and pending.reported:  # but a report may still tell
             return []
         pending.known, pending.value = True, value

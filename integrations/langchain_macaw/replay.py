@@ -159,6 +159,9 @@ class _Threads:
                 client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:  # only its end was to come, and the reader waits for that
+                    with suppress(MacawError):
+                        client.cancel(self._plan.program_id)
 
 
 class _Tasks:
@@ -227,6 +230,9 @@ class _Tasks:
                 await client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:
+                    with suppress(MacawError):
+                        await client.cancel(self._plan.program_id)
 
 
 def _merged(parts: Sequence[ProgramGrowth]) -> ProgramGrowth:
