@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
     def _abandon(self) -> None:
         if self.plan:
-            self.plan.close()
+            self.plan.abandon()
 
 
 @contextmanager
@@ -67,6 +67,9 @@ def replaying(plan: Plan) -> Iterator[Run]:
     plan.connect(threads.send)
     try:
         yield _run(plan)
+    except BaseException:
+        plan.abandon()
+        raise
     finally:
         plan.close()
         threads.finish()
@@ -79,6 +82,9 @@ async def areplaying(plan: Plan) -> AsyncIterator[Run]:
     plan.connect(tasks.send)
     try:
         yield _run(plan)
+    except BaseException:
+        plan.abandon()
+        raise
     finally:
         plan.close()
         await tasks.finish()
@@ -113,11 +119,11 @@ class _Threads:
 
     def finish(self) -> None:
         plan = self._plan
-        if plan.closed and plan.program_id is not None:
+        if plan.unfinished and plan.program_id is not None:
             # The reader may be blocked in a read, and only the server can end that.
             with suppress(MacawError):
                 plan.model._program_client().cancel(plan.program_id)
-        elif plan.open:
+        elif plan.open and not plan.closed:
             self.send(ProgramGrowth(close=True))
         self._growths.put(None)
         for thread in self._threads:
@@ -136,7 +142,7 @@ class _Threads:
                 self._posted.set()
                 for event in events:
                     plan.feed(event)
-                    if plan.closed:
+                    if plan.unfinished:
                         break
         except Exception as error:
             _report(plan, error)
@@ -181,10 +187,10 @@ class _Tasks:
     async def finish(self) -> None:
         plan = self._plan
         await asyncio.sleep(0)  # for what was sent just now
-        if plan.closed:
+        if plan.unfinished:
             for task in self._tasks:
                 task.cancel()
-        elif plan.open:
+        elif plan.open and not plan.closed:
             self._accept(ProgramGrowth(close=True))
         reader = self._tasks[:1]
         if reader:
