@@ -286,7 +286,7 @@ class ScriptedServer:
         return Response(status_code=204)
 
     def stop(self, program_id: str) -> None:
-        if self.running[program_id].cancel():
+        if self.running[program_id].cancel() and program_id not in self.recorder.cancelled:
             self.recorder.cancelled.append(program_id)
             self.recorder.cancellation.set()
 

@@ -16,7 +16,7 @@ import httpx
 import openai
 from openai.types.chat import ChatCompletion
 
-from langchain_macaw.plan import CURRENT_PLAN, CallEvent, Replay
+from langchain_macaw.plan import ABANDONED, CURRENT_PLAN, CallEvent, Replay
 from macaw.errors import error_from_wire
 from macaw.protocol import AnswerFacts, CallCompleted, CallDelta, CallFailed, ErrorBody
 
@@ -73,6 +73,7 @@ class ReplayingCompletions:
         while isinstance(event, CallDelta):
             yield from _chunk(event)
             event = replay.next().result()
+        _end_quietly(event)
         _raise_failure(event, self._client)
         yield from _usage_chunk(event, payload)
 
@@ -110,6 +111,7 @@ class AsyncReplayingCompletions:
             for chunk in _chunk(event):
                 yield chunk
             event = await asyncio.wrap_future(replay.next())
+        _end_quietly(event)
         _raise_failure(event, self._client)
         for chunk in _usage_chunk(event, payload):
             yield chunk
@@ -162,6 +164,12 @@ def _usage_chunk(event: CallEvent | None, payload: Mapping[str, Any]) -> Iterato
             "usage": completion["usage"],
             "macaw": _facts(event),
         }
+
+
+def _end_quietly(event: CallEvent | None) -> None:
+    """LangChain reads what is left of a stream that is being closed: there, nobody can catch an error."""
+    if event is ABANDONED:
+        raise GeneratorExit
 
 
 def _is_retried(event: CallEvent, client: openai.OpenAI | openai.AsyncOpenAI) -> bool:

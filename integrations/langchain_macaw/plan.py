@@ -43,7 +43,7 @@ CURRENT_PLAN: ContextVar[Plan | None] = ContextVar("macaw_plan", default=None)
 Posted = ProgramRequest | ProgramGrowth
 CallEvent = CallDelta | CallCompleted | CallFailed
 
-_ABANDONED = CallFailed(
+ABANDONED = CallFailed(
     call_id="abandoned",
     error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
     timings=CallTimings(),
@@ -110,7 +110,8 @@ class Plan:
         request: The program, as soon as a call is known.
         program_id: As soon as the server has given one.
         open: The server waits for more of the program.
-        closed: The run was abandoned before every call had its answer.
+        closed: The run was abandoned, and no model gets an answer any more.
+        unfinished: When it was, the server had something left to do, or waited for more.
     """
 
     def __init__(self, lowering: Lowering, *, max_concurrency: int | None, metadata: dict[str, str]) -> None:
@@ -118,6 +119,7 @@ class Plan:
         self.program_id: str | None = None
         self.open = False
         self.closed = False
+        self.unfinished = False
         self._lowering = lowering
         self._options: dict[str, Any] = {"max_concurrency": max_concurrency, "metadata": metadata, "stream": True}
         self._lock = threading.RLock()  # reentrant, as prompts may run functions of the user's
@@ -158,15 +160,21 @@ class Plan:
                 send(self.request)
 
     def close(self) -> None:
-        """Give up what is missing: who waits for it gets an error."""
+        """The run is over. An answer that is missing will not be asked for."""
         with self._lock:
             self._send = None
-            if self.ended:
-                return
+            if not self.ended:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Give up what is missing, and what is still to come: whoever asks for an answer gets an error."""
+        with self._lock:
+            self._send = None
+            self.unfinished = not self._ended and (self.unfinished or self.open or not self.ended)
             self.closed = True
             replays = [*self._replays.values()]
         for replay in replays:
-            replay.put(_ABANDONED)
+            replay.put(ABANDONED)
 
     # -------------------------------------------------------------------------------------------------------
     # For client steps
@@ -324,5 +332,5 @@ class Plan:
 
 def _abandoned() -> Replay:
     replay = Replay()
-    replay.put(_ABANDONED)
+    replay.put(ABANDONED)
     return replay

@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
     def _abandon(self) -> None:
         if self.plan:
-            self.plan.close()
+            self.plan.abandon()
 
 
 @contextmanager
@@ -67,6 +67,9 @@ def replaying(plan: Plan) -> Iterator[Run]:
     plan.connect(threads.send)
     try:
         yield _run(plan)
+    except BaseException:
+        plan.abandon()
+        raise
     finally:
         plan.close()
         threads.finish()
@@ -79,6 +82,9 @@ async def areplaying(plan: Plan) -> AsyncIterator[Run]:
     plan.connect(tasks.send)
     try:
         yield _run(plan)
+    except BaseException:
+        plan.abandon()
+        raise
     finally:
         plan.close()
         await tasks.finish()
@@ -113,11 +119,11 @@ class _Threads:
 
     def finish(self) -> None:
         plan = self._plan
-        if plan.closed and plan.program_id is not None:
+        if plan.unfinished and plan.program_id is not None:
             # The reader may be blocked in a read, and only the server can end that.
             with suppress(MacawError):
                 plan.model._program_client().cancel(plan.program_id)
-        elif plan.open:
+        elif plan.open and not plan.closed:
             self.send(ProgramGrowth(close=True))
         self._growths.put(None)
         for thread in self._threads:
@@ -136,7 +142,7 @@ class _Threads:
                 self._posted.set()
                 for event in events:
                     plan.feed(event)
-                    if plan.closed:
+                    if plan.unfinished:
                         break
         except Exception as error:
             _report(plan, error)
@@ -147,17 +153,21 @@ class _Threads:
     def _grow(self) -> None:
         self._posted.wait()
         client = self._plan.model._program_client()
-        while growth := self._growths.get():
-            parts = [growth]
-            while not self._growths.empty() and (part := self._growths.get()):
-                parts.append(part)
-            growth = _merged(parts)
-            if self._plan.program_id is None or self._plan.closed:
+        waiting: list[ProgramGrowth | None] = []
+        while None not in waiting:
+            waiting = [self._growths.get()]
+            while not self._growths.empty():
+                waiting.append(self._growths.get())
+            growth = _merged([part for part in waiting if part])
+            if self._plan.program_id is None or self._plan.closed or not (growth.calls or growth.close):
                 continue
             try:
                 client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:  # only its end was to come, and the reader waits for that
+                    with suppress(MacawError):
+                        client.cancel(self._plan.program_id)
 
 
 class _Tasks:
@@ -177,10 +187,10 @@ class _Tasks:
     async def finish(self) -> None:
         plan = self._plan
         await asyncio.sleep(0)  # for what was sent just now
-        if plan.closed:
+        if plan.unfinished:
             for task in self._tasks:
                 task.cancel()
-        elif plan.open:
+        elif plan.open and not plan.closed:
             self._accept(ProgramGrowth(close=True))
         reader = self._tasks[:1]
         if reader:
@@ -226,6 +236,9 @@ class _Tasks:
                 await client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:
+                    with suppress(MacawError):
+                        await client.cancel(self._plan.program_id)
 
 
 def _merged(parts: Sequence[ProgramGrowth]) -> ProgramGrowth:
