@@ -147,10 +147,13 @@ class _Threads:
     def _grow(self) -> None:
         self._posted.wait()
         client = self._plan.model._program_client()
-        while growth := self._growths.get():
+        ended = False  # None may come among growths that wait, and only once
+        while not ended and (growth := self._growths.get()):
             parts = [growth]
-            while not self._growths.empty() and (part := self._growths.get()):
-                parts.append(part)
+            while not ended and not self._growths.empty():
+                part = self._growths.get()
+                ended = part is None
+                parts += [part] if part else []
             growth = _merged(parts)
             if self._plan.program_id is None or self._plan.closed:
                 continue
