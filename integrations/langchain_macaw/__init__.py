@@ -3,5 +3,6 @@
 from langchain_macaw.autocompile import autocompile
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.compile import compile
+from langchain_macaw.explain import explain
 
-__all__ = ["ChatMacaw", "autocompile", "compile"]
+__all__ = ["ChatMacaw", "autocompile", "compile", "explain"]

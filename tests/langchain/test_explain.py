@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from chain_corpus import CASES, CHUNKS, TEXT, Case, chat, chain_of_three, map_reduce_mustache
+from chain_corpus import CASES, CHUNKS, TEXT, Case, chain_of_three, chat, map_reduce_mustache
 from chain_corpus_documents import DOCUMENT_CASES, retriever
 from chain_corpus_steps import (
     STEP_CASES,
