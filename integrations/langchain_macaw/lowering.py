@@ -250,7 +250,7 @@ class Lowering:
         """
         if not self._new:
             return None
-        planned, calls = ([pair[i] for pair in self._new] for i in (0, 1))
+        planned, calls = [call for call, _ in self._new], [call for _, call in self._new]
         self._new = []
         read = dict.fromkeys(name for call in planned for name in sorted(call.template.variables))
         escaped = [name for name in read if name.endswith(ESCAPED_SUFFIX) and name not in self._escaped]
@@ -293,10 +293,10 @@ class Lowering:
         if pending.known:
             return []
         value = self.known(value)
+        self._open.discard(pending)
         if isinstance(value, Pending):
             self._wait(pending, [value], lambda: self.known(value))
             return []
-        self._open.discard(pending)
         if value is OPAQUE and pending.reported:  # but a report may still tell
             return []
         pending.known, pending.value = True, value

@@ -80,6 +80,8 @@ def contains_model(runnable: Runnable[Any, Any]) -> bool:
 
 @functools.cache
 def _of_kind(kind: type[Runnable[Any, Any]]) -> Rule | None:
+    if any(base.__module__.startswith("langchain_classic.") for base in kind.__mro__):
+        import langchain_macaw.legacy  # noqa: F401  (registers its rules; whoever has such a chain has the package)
     base = next((base for base in kind.__mro__ if base in _RULES), None)
     return _RULES[base] if base is not None and kind.invoke is base.invoke else None
 

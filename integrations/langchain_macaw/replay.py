@@ -147,20 +147,21 @@ class _Threads:
     def _grow(self) -> None:
         self._posted.wait()
         client = self._plan.model._program_client()
-        ended = False  # None may come among growths that wait, and only once
-        while not ended and (growth := self._growths.get()):
-            parts = [growth]
-            while not ended and not self._growths.empty():
-                part = self._growths.get()
-                ended = part is None
-                parts += [part] if part else []
-            growth = _merged(parts)
-            if self._plan.program_id is None or self._plan.closed:
+        waiting: list[ProgramGrowth | None] = []
+        while None not in waiting:
+            waiting = [self._growths.get()]
+            while not self._growths.empty():
+                waiting.append(self._growths.get())
+            growth = _merged([part for part in waiting if part])
+            if self._plan.program_id is None or self._plan.closed or not (growth.calls or growth.close):
                 continue
             try:
                 client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:  # only its end was to come, and the reader waits for that
+                    with suppress(MacawError):
+                        client.cancel(self._plan.program_id)
 
 
 class _Tasks:
@@ -229,6 +230,9 @@ class _Tasks:
                 await client.grow(self._plan.program_id, growth)
             except MacawError as error:
                 _report_growth(self._plan, growth, error)
+                if not growth.calls:
+                    with suppress(MacawError):
+                        await client.cancel(self._plan.program_id)
 
 
 def _merged(parts: Sequence[ProgramGrowth]) -> ProgramGrowth:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -136,7 +136,7 @@ def _step(lowering: Any, step: ClientStep[Any, Any], value: Any, scope: Any) -> 
     return lowering.expect(step, value, scope, result, routes=step.routes)
 
 
-def noting(items: Iterator[Any], seen: list[Any], then: Callable[[], None] = lambda: None) -> Iterator[Any]:
+def noting(items: Iterator[Any], seen: list[Any], then: Callable[[], object] = lambda: None) -> Iterator[Any]:
     """`items`, which are also put into `seen`; `then` comes when there are no more."""
     try:
         for item in items:
@@ -148,8 +148,8 @@ def noting(items: Iterator[Any], seen: list[Any], then: Callable[[], None] = lam
 
 
 async def anoting(
-    items: AsyncIterator[Any], seen: list[Any], then: Callable[[], None] = lambda: None
-) -> AsyncIterator[Any]:
+    items: AsyncIterator[Any], seen: list[Any], then: Callable[[], object] = lambda: None
+) -> AsyncGenerator[Any]:
     """As `noting`."""
     try:
         async for item in items:
@@ -180,7 +180,7 @@ def _client_step(runnable: Runnable[Any, Any]) -> ClientStep[Any, Any]:
     if not isinstance(runnable, RunnableLambda) or not _returns_chains(runnable):
         return ClientStep(bound=runnable)
     function = copy.copy(runnable)
-    step = ClientStep(bound=cast("Runnable[Any, Any]", function), routes=True)
+    step: ClientStep[Any, Any] = ClientStep(bound=function, routes=True)
     for name in ("func", "afunc"):
         if hasattr(runnable, name):
             setattr(function, name, _routing(step, getattr(runnable, name)))
