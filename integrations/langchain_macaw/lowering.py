@@ -128,13 +128,14 @@ class Lowering:
             return rule.lower(self, runnable, value, scope)
         except RendersRepr as reason:
             warn_once(str(reason))
+            self.refused(runnable, reason)
         except NotStatic as reason:
-            logger.info("%s is not static: %s", runnable.get_name(), reason)
+            self.refused(runnable, reason)
             waits_for = self._unknown_pendings(value) or self._unknown_texts(value)
             if not waits_for and any(isinstance(one, Variable) for one in unknowns(value)):
                 return self.lower(runnable, self.known(value, texts=True), scope)
         except Exception as error:  # native execution meets the same, and there it is the user's to see
-            logger.debug("%s could not be lowered: %r", runnable.get_name(), error)
+            self.refused(runnable, error)
             waits_for = self._unknown_pendings(value)
             if not rule.whole and not any(unknowns(value)):
                 return FAILS
@@ -177,6 +178,10 @@ class Lowering:
         pending.reported = True
         self._expected[id(step)].append(_Expected(step, pending, value, scope))
         return pending
+
+    def refused(self, runnable: Runnable[Any, Any], reason: Exception) -> None:
+        """`runnable` could not be lowered as it is; `explain` tells the reason."""
+        logger.info("%s could not be lowered: %r", runnable.get_name(), reason)
 
     def add_call(self, model: ChatMacaw, template: RequestTemplate, path: str) -> Any:
         """Plan one call; its answer.
@@ -303,7 +308,15 @@ class Lowering:
             for pending in self._waiting.pop(ready.popleft(), ()):
                 pending.num_missing -= 1
                 if not pending.num_missing and not pending.known and pending.retry:
-                    ready += self._resolve(pending, pending.retry())
+                    ready += self._resolve(pending, self._retried(pending.retry))
+
+    def _retried(self, retry: Callable[[], Any]) -> Any:
+        """What a retry gives; one that fails must not stop the planning of other inputs."""
+        try:
+            return retry()
+        except Exception as error:
+            logger.info("A value could not be lowered when it was known: %r", error)
+            return FAILS
 
     def _match(self, step: Runnable[Any, Any], value: Any) -> _Expected | None:
         """Which run of a step that was; runs on equal values are as good as each other."""

@@ -19,7 +19,7 @@ _STYLE = """
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Timeline:
     """When each call of a program waited, prefilled and wrote; `str` draws it, and so does a notebook."""
 
@@ -27,6 +27,8 @@ class Timeline:
 
     def __str__(self) -> str:
         return render_timeline(self.state)
+
+    __repr__ = __str__
 
     def to_svg(self) -> str:
         """The timeline as a picture, on light and on dark pages."""

@@ -37,7 +37,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 def test_exports() -> None:
-    assert langchain_macaw.__all__ == ["ChatMacaw", "MacawLLM", "autocompile", "compile"]
+    assert langchain_macaw.__all__ == ["ChatMacaw", "MacawLLM", "autocompile", "compile", "explain"]
 
 
 def test_whole_message_in_text_is_left_to_native_execution(
