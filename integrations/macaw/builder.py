@@ -83,11 +83,11 @@ class ProgramBuilder:
         """A chat completion.
 
         Args:
-            messages: OpenAI's, with `Text` as `content`.
+            messages: OpenAI's, with `Text` as `content`; an assistant's with `tool_calls` may have none.
             name: Of the call and its output.
             **options: Other fields of OpenAI's request, such as `max_tokens` and `temperature`.
         """
-        typed = [Message(**{**message, "content": _parts(message["content"])}) for message in messages]
+        typed = [Message(**{**message, "content": _content(message.get("content"))}) for message in messages]
         return self._add_call(self._pick_name(name, "chat"), ChatCompletionRequest(messages=typed, **options))
 
     def complete(self, *prompt: str | Ref, name: str | None = None, **options: Any) -> Ref:
@@ -141,6 +141,10 @@ class ProgramBuilder:
     def _add(self, kind: str, item: Call | Transform | Target) -> None:
         for graph in (self._whole, self._new):
             getattr(graph, kind).append(item)
+
+
+def _content(text: Text | None) -> list[TextPart | VariablePart] | None:
+    return None if text is None else _parts(text)
 
 
 def _parts(text: Text) -> list[TextPart | VariablePart]:

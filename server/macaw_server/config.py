@@ -148,6 +148,11 @@ class ServerConfig(EngineConfig, BaseSettings):
         "all tenants; repeat for several.",
     )
     served_model_name: str | None = Field(default=None, description="Name that clients use; default: the model's own.")
+    tool_call_parser: (
+        Literal["hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args", "granite", "pythonic"] | None
+    ) = Field(
+        default=None, description="How the model writes calls of tools; default: as its chat template writes them."
+    )
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
     max_live_calls: int = Field(default=4096, ge=1, description="Calls waiting or running; more are refused with 429.")
     prefill_ahead: bool = Field(

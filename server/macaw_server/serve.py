@@ -22,11 +22,12 @@ from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.thread import EngineThread
 from macaw_server.engine.types import Engine
-from macaw_server.errors import PortInUseError
+from macaw_server.errors import PortInUseError, StartupError
 from macaw_server.http import create_app
 from macaw_server.models.loader import DEMO_MODEL, load_tokenizer, resolve
 from macaw_server.service import ProgramService, ServedModel, ServiceConfig
 from macaw_server.service.tenants import read_tenants
+from macaw_server.service.tools import check_parser
 from macaw_server.shared_prefixes import SharedPrefix, read_shared_prefixes
 
 CLOSE_CONNECTIONS_S = 5
@@ -110,7 +111,18 @@ async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
     except BaseExceptionGroup as e:
         await engine.stop()
         raise e.exceptions[0] from None
-    model = ServedModel(config.model_name, loading.result(), engine, created=int(time.time()))
+    model = ServedModel(
+        config.model_name,
+        loading.result(),
+        engine,
+        created=int(time.time()),
+        tool_call_parser=config.tool_call_parser,
+    )
+    try:
+        check_parser(model)
+    except StartupError:
+        await engine.stop()
+        raise
     return ProgramService(
         [model],
         ServiceConfig(

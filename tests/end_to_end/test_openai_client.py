@@ -142,8 +142,8 @@ def test_errors_are_those_of_openai(api: OpenAI, local_server: LocalServer) -> N
     with pytest.raises(openai.BadRequestError, match=r"3,013 tokens .* context of 2,048") as error:
         chat(api, "long " * 3000)
     assert error.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools") as error:
-        chat(api, "x", tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="functions") as error:
+        chat(api, "x", functions=[{"name": "f"}])
     assert error.value.code == "unsupported_parameter"
     with pytest.raises(openai.NotFoundError, match="macaw-demo") as error:
         api.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "x"}])

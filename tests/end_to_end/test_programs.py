@@ -113,7 +113,7 @@ BAD_INPUT: list[tuple[str, Any, int, str, str]] = [
     ("/v1/programs", with_request(max_tokens=5000), 400, "context_length_exceeded", "5,000"),
     ("/v1/chat/completions", {**CHAT, "model": "gpt-4"}, 404, "unknown_model", "macaw-demo"),
     ("/v1/programs", program(model="gpt-4"), 404, "unknown_model", "macaw-demo"),
-    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+    ("/v1/chat/completions", {**CHAT, "functions": [{"name": "f"}]}, 400, "unsupported_parameter", "functions"),
     ("/v1/chat/completions", {**CHAT, "temperature": "hot"}, 400, "invalid_request", "temperature"),
     ("/v1/chat/completions", {**CHAT, "n": 2.5}, 400, "invalid_request", "n"),
     ("/v1/chat/completions", {**CHAT, "logit_bias": {"99999": 1}}, 400, "invalid_request", "99999"),

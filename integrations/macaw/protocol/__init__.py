@@ -10,6 +10,7 @@ from macaw.protocol.answers import (
     ProgramList,
     ProgramState,
 )
+from macaw.protocol.base import MAX_SCHEMA_DEPTH, WireModel
 from macaw.protocol.events import (
     AnyEvent,
     CallCompleted,
@@ -44,7 +45,6 @@ from macaw.protocol.programs import (
 from macaw.protocol.requests import (
     MAX_CHOICES,
     MAX_LOGPROBS,
-    MAX_SCHEMA_DEPTH,
     MAX_STOP_STRINGS,
     ChatCompletionRequest,
     CompletionRequest,
@@ -59,7 +59,18 @@ from macaw.protocol.requests import (
     StructuredOutputs,
     TextPart,
     VariablePart,
-    WireModel,
+)
+from macaw.protocol.tools import (
+    MAX_TOOLS,
+    AllowedTools,
+    AllowedToolsChoice,
+    Function,
+    FunctionCall,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
 
 __all__ = [
@@ -67,6 +78,9 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_SCHEMA_DEPTH",
     "MAX_STOP_STRINGS",
+    "MAX_TOOLS",
+    "AllowedTools",
+    "AllowedToolsChoice",
     "AnyEvent",
     "Call",
     "CallCompleted",
@@ -79,6 +93,8 @@ __all__ = [
     "CompletionRequest",
     "ErrorBody",
     "Event",
+    "Function",
+    "FunctionCall",
     "GenerationRequest",
     "Hints",
     "JoinArgs",
@@ -87,6 +103,8 @@ __all__ = [
     "LinesArgs",
     "Message",
     "Name",
+    "NamedFunction",
+    "NamedTool",
     "NoArgs",
     "Part",
     "ProgramCompleted",
@@ -102,6 +120,9 @@ __all__ = [
     "StructuredOutputs",
     "Target",
     "TextPart",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
     "Totals",
     "Transform",
     "TransformArgs",

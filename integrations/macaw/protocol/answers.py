@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from macaw.errors import InvalidRequestError
+from macaw.protocol.base import WireModel
 from macaw.protocol.events import CallTimings, ErrorBody, Totals
 from macaw.protocol.programs import Target, Transform
-from macaw.protocol.requests import WireModel
 
 
 class CallState(WireModel):

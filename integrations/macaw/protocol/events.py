@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from macaw.errors import MacawError, error_from_wire
-from macaw.protocol.requests import WireModel
+from macaw.protocol.base import WireModel
 
 
 class CallTimings(WireModel):

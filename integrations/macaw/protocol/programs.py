@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from macaw.protocol.requests import ChatCompletionRequest, CompletionRequest, Name, VariablePart, WireModel
+from macaw.protocol.base import WireModel
+from macaw.protocol.requests import ChatCompletionRequest, CompletionRequest, Name, VariablePart
 
 
 class Variable(WireModel):

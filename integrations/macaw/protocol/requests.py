@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator, with_config
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator, with_config
 from typing_extensions import TypedDict
+
+from macaw.protocol.base import WireModel, depth_is_bounded, refuse_field
+from macaw.protocol.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 
 MAX_LOGPROBS = 20
 """The largest accepted `top_logprobs` (chat) or `logprobs` (completions)."""
@@ -13,21 +16,9 @@ MAX_CHOICES = 128
 """The largest accepted `n`."""
 MAX_STOP_STRINGS = 16
 """The largest accepted number of stop strings."""
-MAX_SCHEMA_DEPTH = 64
-"""The deepest accepted nesting of objects and lists in a JSON schema."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.:\-/\[\]]+$")]
 """An identifier of a call, a variable or a transform."""
-
-
-class WireModel(BaseModel):
-    """Base of everything on the wire: unknown fields are refused, no silent type conversion.
-
-    Schemas are built at import. `defer_build` would only move the same time to the first use, where pydantic
-    before 2.14 builds them without a lock: two threads could then see a half-built model.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextPart(WireModel):
@@ -48,16 +39,42 @@ Part = Annotated[TextPart | VariablePart, Field(discriminator="type")]
 
 
 class Message(WireModel):
-    """A chat message. Adjacent parts are one string: no separator is added."""
+    """A chat message. Adjacent parts are one string: no separator is added.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    Attributes:
+        role: Who says it; `tool` is the answer of a function.
+        content: Only an assistant's message with `tool_calls` may be without.
+        name: Of the one who says it, for templates that show it.
+        tool_calls: What an assistant has called.
+        tool_call_id: The call that a message of role `tool` answers.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_role(self) -> Message:
+        if self.tool_calls is not None and self.role != "assistant":
+            refuse_field("tool_calls", f"a message of role {self.role} calls no tools; only an assistant's does")
+        if self.content is None and self.tool_calls is None:
+            if "content" in self.model_fields_set:
+                refuse_field("content", "null was given; only an assistant's message with tool_calls has none")
+            refuse_field("content", "is missing")
+        if self.role == "tool" and self.tool_call_id is None:
+            refuse_field("tool_call_id", "is missing; a message of role tool says which call it answers")
+        if self.role != "tool" and self.tool_call_id is not None:
+            refuse_field("tool_call_id", f"a message of role {self.role} answers no call; only one of role tool does")
+        return self
 
     @property
     def parts(self) -> list[TextPart | VariablePart]:
         """The content as parts."""
-        return [TextPart(text=self.content)] if isinstance(self.content, str) else list(self.content)
+        if isinstance(self.content, str):
+            return [TextPart(text=self.content)]
+        return list(self.content or [])
 
 
 class StreamOptions(WireModel):
@@ -65,16 +82,6 @@ class StreamOptions(WireModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-
-
-def _depth_is_bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    level: list[Any] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        parents = [list(node.values()) if isinstance(node, dict) else node for node in level]
-        level = [child for children in parents for child in children if isinstance(child, dict | list)]
-        if not level:
-            return schema
-    raise ValueError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep; name its parts under $defs")
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -87,7 +94,7 @@ class JsonSchema(TypedDict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: NotRequired[str | None]
-    schema: Annotated[dict[str, Any], AfterValidator(_depth_is_bounded)]
+    schema: Annotated[dict[str, Any], AfterValidator(depth_is_bounded)]
     strict: NotRequired[bool | None]
 
 
@@ -209,6 +216,9 @@ class ChatCompletionRequest(GenerationRequest):
     """OpenAI's chat completion request."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

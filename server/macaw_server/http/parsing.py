@@ -150,6 +150,8 @@ def _describe(errors: Sequence[ErrorDetails], body: dict[str, Any], kind: type[W
     if "prompt" in path:
         wanted = _PROMPT if kind is CompletionRequest else _PROMPT_IN_PROGRAM
         return text, f"{text}: {_shown(error['input'])} was given; {wanted}."
+    if error["type"] == "field":
+        return text, f"{text}: {error['ctx']['why']}."
     if error["type"] == "missing":
         return text, f"{text} is missing."
     if error["type"] == "extra_forbidden":
@@ -175,6 +177,8 @@ def _path(error: ErrorDetails, body: object) -> list[str | int]:
         elif isinstance(body, list) and isinstance(item, int):
             path.append(item)
             body = body[item]
+    if error["type"] == "field":
+        path.append(error["ctx"]["field"])
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_TOOLS = "Tool calls are not served yet; describe the tools in the prompt and parse the answer"
+_FUNCTIONS = "OpenAI has replaced it: send tools and tool_choice"
 _TEXT_ONLY = "Macaw serves text only"
 _HOSTED = "It is a feature of OpenAI's own service"
 
@@ -20,11 +20,8 @@ _GENERATION = {
     "guided_grammar": "structured_outputs takes a grammar",
 }
 _CHAT = _GENERATION | {
-    "tools": _TOOLS,
-    "tool_choice": _TOOLS,
-    "functions": _TOOLS,
-    "function_call": _TOOLS,
-    "parallel_tool_calls": _TOOLS,
+    "functions": _FUNCTIONS,
+    "function_call": _FUNCTIONS,
     "audio": _TEXT_ONLY,
     "modalities": _TEXT_ONLY,
     "prediction": "Predicted outputs are not served",
@@ -41,9 +38,7 @@ _COMPLETION = _GENERATION | {
     "best_of": "Ask for n answers and pick one",
 }
 _MESSAGE = {
-    "tool_calls": _TOOLS,
-    "tool_call_id": _TOOLS,
-    "function_call": _TOOLS,
+    "function_call": "OpenAI has replaced it: send tool_calls",
     "refusal": "Say it in content",
     "audio": _TEXT_ONLY,
 }
@@ -73,16 +68,28 @@ def find_unsupported(request: dict[str, Any], prefix: str = "") -> Iterator[Refu
     options = request.get("stream_options")
     if isinstance(options, dict) and options.get("include_obfuscation"):
         yield _refusal(f"{prefix}stream_options.include_obfuscation", True, "Chunks are not padded")
+    if chat:
+        yield from _unsupported_tools(request, prefix)
     messages = request.get("messages")
     for i, message in enumerate(messages if isinstance(messages, list) else []):
         if isinstance(message, dict):
             yield from _unsupported_in_message(message, f"{prefix}messages[{i}]")
 
 
+def _unsupported_tools(request: dict[str, Any], prefix: str) -> Iterator[Refusal]:
+    tools = request.get("tools")
+    for i, tool in enumerate(tools if isinstance(tools, list) else []):
+        if isinstance(tool, dict) and isinstance(kind := tool.get("type"), str) and kind != "function":
+            yield _refusal(f"{prefix}tools[{i}].type", kind, "Tools are of type function")
+    choice = request.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "custom":
+        yield _refusal(f"{prefix}tool_choice.type", "custom", "Tools are of type function")
+
+
 def _unsupported_in_message(message: dict[str, Any], path: str) -> Iterator[Refusal]:
     yield from _used(message, _MESSAGE, f"{path}.")
-    if message.get("role") in ("tool", "function"):
-        yield _refusal(f"{path}.role", message["role"], _TOOLS)
+    if message.get("role") == "function":
+        yield _refusal(f"{path}.role", message["role"], "OpenAI has replaced it: send role tool with a tool_call_id")
     content = message.get("content")
     for i, part in enumerate(content if isinstance(content, list) else []):
         if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind not in ("text", "variable"):

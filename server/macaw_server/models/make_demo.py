@@ -12,10 +12,6 @@ from pathlib import Path
 from macaw_server.models.loader import DEMO_FOLDER
 
 VOCAB_SIZE = 2048
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -42,7 +38,7 @@ def make_demo(texts: list[Path], folder: Path) -> None:
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = (DEMO_FOLDER / "chat_template.jinja").read_text()
     fast.save_pretrained(folder)
     end = fast.convert_tokens_to_ids("<|im_end|>")
     LlamaConfig(

@@ -44,6 +44,7 @@ class Detokenizer:
         prompt_ids: The prompt; its last tokens are the first window.
         stop: The text is cut before the first of these that comes up, and the rest is dropped.
         skip_special_tokens: Special tokens have no text.
+        hidden: Where given, these tokens have no text, and all others have.
 
     Attributes:
         num_tokens: Tokens consumed: up to and with the one that completed a stop string.
@@ -53,6 +54,7 @@ class Detokenizer:
     __slots__ = (
         "_anchor",
         "_chunk_start",
+        "_hidden",
         "_num_released",
         "_skip_special_tokens",
         "_stop_strings",
@@ -69,11 +71,13 @@ class Detokenizer:
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        hidden: frozenset[int] | None = None,
     ) -> None:
         self.num_tokens = 0
         self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._hidden = hidden
         self._stop_strings = StopStrings(stop)
         self._anchor: list[int] | None = None
         self._window, self._text = self._prompt_window(prompt_ids)
@@ -151,6 +155,9 @@ class Detokenizer:
         return bool(self._tokenizer.decode([token_id], skip_special_tokens=False)) and not self._decode([token_id])
 
     def _decode(self, token_ids: list[int]) -> str:
+        if self._hidden is not None:
+            shown = [token_id for token_id in token_ids if token_id not in self._hidden]
+            return self._tokenizer.decode(shown, skip_special_tokens=False)
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def _prompt_window(self, prompt_ids: Sequence[int]) -> tuple[list[int], str]:

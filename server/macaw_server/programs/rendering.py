@@ -6,13 +6,13 @@ rule 1): joining the tokens of parts would be faster, and another prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
-
 from macaw.errors import ContextLengthError, InvalidRequestError
-from macaw.protocol import ChatCompletionRequest, CompletionRequest, TextPart, VariablePart
+from macaw.protocol import ChatCompletionRequest, CompletionRequest
+from macaw_server.programs.messages import joined, template_messages, tool_list
+from macaw_server.tool_calls import RENDER_ERRORS, TemplateTools, inspect_template, without_tools
 
 
 class Tokenizer(Protocol):
@@ -34,8 +34,9 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, str]],
+        conversation: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         tokenize: bool = True,
         add_generation_prompt: bool = False,
     ) -> Any:
@@ -55,11 +56,11 @@ def render(
 ) -> Rendered:
     """Render and tokenise a prompt.
 
-    A chat goes through the model's chat template, which writes the special tokens (BOS too) itself; a text
-    completion gets the special tokens that the tokenizer adds; token ids stay as they are. The role
-    `developer` becomes `system`, the name under which chat templates know it. Text that spells a special
-    token (``<|im_start|>``) becomes that token, wherever it comes from: so does transformers, and the prompt
-    is to be the same.
+    A chat goes through the model's chat template, which writes the special tokens (BOS too) itself, and the tools;
+    where it knows none, a system message tells of them (`tool_calls.templates`). A text completion gets the special
+    tokens that the tokenizer adds; token ids stay as they are. The role `developer` becomes `system`, the name under
+    which chat templates know it. Text that spells a special token (``<|im_start|>``) becomes that token, wherever it
+    comes from: so does transformers, and the prompt is to be the same.
 
     Args:
         request: A completion request must have one prompt.
@@ -96,7 +97,12 @@ def prompt_text(
     """The text of a prompt that is not given as token ids; see `render`."""
     if isinstance(request, ChatCompletionRequest):
         return _apply_chat_template(request, values, tokenizer)
-    return _join(request.parts, values)
+    return joined(request.parts, values)
+
+
+def template_tools(tokenizer: Tokenizer) -> TemplateTools:
+    """What the model's chat template makes of tools."""
+    return inspect_template(tokenizer.apply_chat_template, str(tokenizer.chat_template))
 
 
 def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
@@ -121,10 +127,6 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
     return max_tokens
 
 
-def _join(parts: Sequence[TextPart | VariablePart], values: Mapping[str, str]) -> str:
-    return "".join(part.text if isinstance(part, TextPart) else values[part.variable] for part in parts)
-
-
 def _token_ids(request: CompletionRequest) -> list[int] | None:
     prompt = request.prompt
     if isinstance(prompt, str):
@@ -140,14 +142,19 @@ def _apply_chat_template(request: ChatCompletionRequest, values: Mapping[str, st
             "/v1/completions, or in a program as prompt instead of messages.",
             param="messages",
         )
-    messages = []
-    for message in request.messages:
-        role = "system" if message.role == "developer" else message.role
-        name = {} if message.name is None else {"name": message.name}
-        messages.append({"role": role, "content": _join(message.parts, values), **name})
+    tools = tool_list(request)
+    messages = template_messages(request.messages, values)
+    if tools or any(message.tool_calls or message.tool_call_id for message in request.messages):
+        known = template_tools(tokenizer)
+        if not known.lists_tools:
+            messages, tools = without_tools(messages, tools), []
+        elif known.format is not None and known.format.id_len is not None:
+            messages = template_messages(request.messages, values, known.format.id_len)
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as e:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **({"tools": tools} if tools else {})
+        )
+    except RENDER_ERRORS as e:
         roles = ", ".join(message["role"] for message in messages)
         raise InvalidRequestError(
             f"The model's chat template refuses the messages (roles: {roles}): {e}. Send messages in the "

@@ -12,7 +12,8 @@ from macaw.errors import InternalServerError, MacawError, error_from_wire
 from macaw.protocol import ChatCompletionRequest, CompletionRequest
 from macaw_server.engine.types import CallHints, Engine, EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from macaw_server.programs.detokenizer import Detokenizer
-from macaw_server.service.completions import Answer, ResponseFormat, TokenReport, usage_object
+from macaw_server.service.call_deltas import ChoiceCalls
+from macaw_server.service.completions import Answer, ChoiceEnd, ResponseFormat, TokenReport, usage_object
 from macaw_server.service.prompts import Prepared
 from macaw_server.service.sampling import base_seed, sampling_params
 
@@ -31,7 +32,7 @@ class CallObserver(Protocol):
         ...
 
     def call_completed(self, call_id: str, completion: dict[str, Any], text: str) -> None:
-        """The whole answer; `text` is the first choice's."""
+        """The whole answer; `text` is the first choice's, without calls."""
         ...
 
     def call_failed(self, call_id: str, error: MacawError) -> None:
@@ -46,13 +47,14 @@ class _Choice:
     index: int
     request_id: str
     detokenizer: Detokenizer
+    calls: ChoiceCalls | None
     stop_token_ids: frozenset[int] = frozenset()
     pieces: list[str] = field(default_factory=list)
     reports: list[TokenReport] = field(default_factory=list)
     num_tokens: int = 0
     report_offset: int = 0
     started: bool = False
-    finish_reason: FinishReason | None = None
+    finish_reason: ChoiceEnd | None = None
 
 
 class CallRunner:
@@ -90,18 +92,25 @@ class CallRunner:
         self._observer = observer
         self._cached_tokens: int | None = None
         self._over = False
+        tools = prepared.tools
         self._choices = [
             _Choice(
                 i,
                 f"{request_id}/{i}",
-                Detokenizer(prepared.model.tokenizer, prepared.prompt_ids, request.stop_strings),
+                Detokenizer(
+                    prepared.model.tokenizer,
+                    prepared.prompt_ids,
+                    request.stop_strings,
+                    hidden=None if tools is None or not tools.special else tools.hidden,
+                ),
+                None if tools is None else ChoiceCalls(tools),
             )
             for i in range(request.n or 1)
         ]
 
     @property
     def text(self) -> str:
-        """What the first choice has said so far."""
+        """What the first choice has said so far, without calls."""
         return "".join(self._choices[0].pieces)
 
     def start(self) -> None:
@@ -173,8 +182,15 @@ class CallRunner:
         elif output.finish_reason is not None:
             delta += choice.detokenizer.flush()
             stopped_by = choice.detokenizer.stopped_by
-        choice.finish_reason = "stop" if stopped_by is not None else output.finish_reason
-        self._send(choice, delta, self._reports(choice, token_ids[:num_used], logprobs))
+        end: FinishReason | None = "stop" if stopped_by is not None else output.finish_reason
+        text, calls = delta, list[dict[str, Any]]()
+        if choice.calls is not None:
+            text, calls = choice.calls.add(delta, last=end is not None)
+            if choice.calls.over and end is None:
+                self.engine.abort([choice.request_id], keep_pages=True)
+                end = "stop"
+        choice.finish_reason = "tool_calls" if end == "stop" and choice.calls and choice.calls.complete else end
+        self._send(choice, text, calls, self._reports(choice, token_ids[:num_used], logprobs))
         if all(c.finish_reason is not None for c in self._choices):
             self._complete()
 
@@ -197,12 +213,14 @@ class CallRunner:
             for token_id, (logprob, top) in zip(token_ids, logprobs, strict=False)
         ]
 
-    def _send(self, choice: _Choice, delta: str, reports: list[TokenReport] | None) -> None:
+    def _send(
+        self, choice: _Choice, delta: str, calls: list[dict[str, Any]], reports: list[TokenReport] | None
+    ) -> None:
         """Pass on what is new, if anything is; a chat says its role first."""
         if not choice.started and self._format.chat:
             self._observer.call_delta(self._call_id, self._format.role_chunk(choice.index))
         choice.started = True
-        if not delta and not reports and choice.finish_reason is None:
+        if not delta and not calls and not reports and choice.finish_reason is None:
             return
         choice.pieces.append(delta)
         choice.reports += reports or ()
@@ -212,6 +230,7 @@ class CallRunner:
             text_offset=choice.report_offset,
             finish_reason=choice.finish_reason,
             reports=reports,
+            calls=calls,
         )
         choice.report_offset += sum(len(report.token.text) for report in reports or ())
         self._observer.call_delta(self._call_id, chunk)
@@ -225,7 +244,13 @@ class CallRunner:
         )
         wants_logprobs = self._request.logprobs is not None and self._request.logprobs is not False
         answers = [
-            Answer("".join(c.pieces), c.finish_reason, c.reports if wants_logprobs else None) for c in self._choices
+            Answer(
+                "".join(c.pieces),
+                c.finish_reason,
+                c.reports if wants_logprobs else None,
+                () if c.calls is None else c.calls.calls,
+            )
+            for c in self._choices
         ]
         self._observer.call_completed(self._call_id, self._format.completion(answers, usage), answers[0].text)
 

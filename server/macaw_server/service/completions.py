@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from macaw_server.engine.types import FinishReason
 from macaw_server.programs.detokenizer import TokenText
+
+ChoiceEnd = FinishReason | Literal["tool_calls"]
+"""Why a choice ended, as OpenAI says it."""
 
 
 class TokenReport(NamedTuple):
@@ -20,11 +23,12 @@ class TokenReport(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole choice; `reports` is None where no log-probabilities were asked for."""
+    """A whole choice; `reports` is None where no log-probabilities were asked for, `calls` where none were made."""
 
     text: str
-    finish_reason: FinishReason | None
+    finish_reason: ChoiceEnd | None
     reports: Sequence[TokenReport] | None
+    calls: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +59,14 @@ class ResponseFormat:
         text: str,
         *,
         text_offset: int,
-        finish_reason: FinishReason | None,
+        finish_reason: ChoiceEnd | None,
         reports: Sequence[TokenReport] | None,
+        calls: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
-        """New text of choice `index`, behind `text_offset` characters. A chat's first chunk says the role."""
+        """New text, and pieces of calls, of choice `index`, behind `text_offset` characters of its tokens."""
         choice: dict[str, Any] = {"index": index}
         if self.chat:
-            choice["delta"] = {"content": text} if text else {}
+            choice["delta"] = ({"content": text} if text else {}) | ({"tool_calls": list(calls)} if calls else {})
         else:
             choice["text"] = text
         choice |= {"logprobs": self._logprobs(reports, text_offset), "finish_reason": finish_reason}
@@ -78,7 +83,10 @@ class ResponseFormat:
         for index, answer in enumerate(answers):
             choice: dict[str, Any] = {"index": index}
             if self.chat:
-                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+                message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+                if answer.calls:
+                    message |= {"content": answer.text or None, "tool_calls": list(answer.calls)}
+                choice["message"] = message
             else:
                 choice["text"] = answer.text
             choices.append(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -17,9 +18,13 @@ from macaw.protocol import ChatCompletionRequest, CompletionRequest, ResponseFor
 from macaw_server.deep_thread import deep_thread
 from macaw_server.engine.grammar import GrammarError, compile_grammar, error_of
 from macaw_server.programs.rendering import Tokenizer
+from macaw_server.service.tools import ToolUse, arguments_schema, content_schema
+from macaw_server.tool_calls import lark
 
 MAX_GRAMMAR_BYTES = 64 * 2**10
 """The largest accepted schema (as compact JSON), regular expression, list of choices or grammar, in UTF-8."""
+MAX_TOOLS_GRAMMAR_BYTES = 256 * 2**10
+"""The largest accepted grammar of all the functions that may be called."""
 _MAX_CHECKED = 256
 _PROBE_LEN = 16
 _JSON_OPTIONS = {"lenient": False, "whitespace_pattern": r"[ \t\n\r]{0,32}"}
@@ -39,12 +44,14 @@ class Grammar(NamedTuple):
     text: str
 
 
-def grammar_of(request: ChatCompletionRequest | CompletionRequest) -> Grammar | None:
+def grammar_of(request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None = None) -> Grammar | None:
     """What the output must match, unchecked; None where anything goes.
 
     Raises:
         InvalidRequestError: It is too large, or has options that are not the client's to set.
     """
+    if tools is not None:
+        return _of_tools(request, tools, tools.special) if tools.needs_grammar else None
     match request.response_format, request.structured_outputs:
         case ResponseFormat(type="json_object"), _:
             return _of_schema({"type": "object"}, "response_format")
@@ -69,15 +76,18 @@ class GrammarChecker:
         self._checked: OrderedDict[str, None] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
 
-    async def check(self, request: ChatCompletionRequest | CompletionRequest, tokenizer: Tokenizer) -> None:
+    async def check(
+        self, request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None, tokenizer: Tokenizer
+    ) -> None:
         """Refuse a request whose output cannot be constrained as it wants.
 
         Raises:
             InvalidRequestError: The grammar is wrong, too large, or not for this model.
         """
-        grammar = grammar_of(request)
-        if grammar is None:
-            return
+        for grammar in _parts(request, tools):
+            await self._check(grammar, tokenizer)
+
+    async def _check(self, grammar: Grammar, tokenizer: Tokenizer) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise InvalidRequestError(
                 f"{grammar.field} needs a fast tokenizer, and this model has none. Leave it out.",
@@ -108,9 +118,33 @@ def _of_schema(schema: dict[str, Any], field: str) -> Grammar:
     return Grammar(field, LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))  # type: ignore[arg-type]
 
 
-def _bounded(text: str, field: str) -> str:
-    if (size := len(text.encode())) > MAX_GRAMMAR_BYTES:
-        _refuse(field, f"has {size:,} bytes; at most {MAX_GRAMMAR_BYTES:,} are accepted")
+def _parts(request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None) -> Iterator[Grammar]:
+    """What is compiled to check a request: with tools each schema too, so that the error can name it."""
+    if tools is None:
+        if (grammar := grammar_of(request)) is not None:
+            yield grammar
+        return
+    if not tools.needs_grammar:
+        return
+    for position, function in tools.callable:
+        field = f"tools[{position}].function.parameters"
+        text = _bounded(json.dumps(arguments_schema(function), ensure_ascii=False), field)
+        yield Grammar(field, LLMatcher.grammar_from_json_schema(text))
+    if content_schema(request.response_format) is not None and (grammar := grammar_of(request)) is not None:
+        yield grammar
+    yield _of_tools(request, tools, {})  # over bytes there are no special tokens
+
+
+def _of_tools(
+    request: ChatCompletionRequest | CompletionRequest, tools: ToolUse, special: Mapping[str, int]
+) -> Grammar:
+    text = lark(tools.format.markup, tools.rules(content_schema(request.response_format)), special)
+    return Grammar("tools", LLMatcher.grammar_from_lark(_bounded(text, "tools", MAX_TOOLS_GRAMMAR_BYTES)))
+
+
+def _bounded(text: str, field: str, limit: int = MAX_GRAMMAR_BYTES) -> str:
+    if (size := len(text.encode())) > limit:
+        _refuse(field, f"has {size:,} bytes; at most {limit:,} are accepted")
     return text
 
 

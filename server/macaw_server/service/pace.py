@@ -72,6 +72,8 @@ def least_tokens(request: AnyRequest) -> int:
     """The number of tokens that no answer can do without."""
     if request.stop_strings or request.response_format is not None or request.structured_outputs is not None:
         return 1
+    if isinstance(request, ChatCompletionRequest) and request.tools is not None:
+        return 1
     limit = requested_max_tokens(request)
     if request.ignore_eos and not request.stop_token_ids and limit is not None:
         return limit

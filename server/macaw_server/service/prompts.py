@@ -16,6 +16,7 @@ from macaw_server.programs.rendering import check_length, render
 from macaw_server.service.constraints import GrammarChecker, grammar_of
 from macaw_server.service.models import ModelRegistry
 from macaw_server.service.sampling import check_request, requested_max_tokens
+from macaw_server.service.tools import ToolUse, check_tools, tool_use
 from macaw_server.service.types import ServedModel
 
 
@@ -27,12 +28,14 @@ class Prepared(NamedTuple):
         prompt_ids: The rendered prompt.
         max_tokens: The output limit in this context.
         grammar: What the output must match, as the engine takes it.
+        tools: How calls are found in the output; None: it is text.
     """
 
     model: ServedModel
     prompt_ids: list[int]
     max_tokens: int
     grammar: str | None
+    tools: ToolUse | None = None
 
 
 class PromptPreparer:
@@ -72,7 +75,8 @@ class PromptPreparer:
             try:
                 models.append(self._models.find_working(call.request.model or model_name))
                 check_request(call.request, models[i].engine.info)
-                await self._grammars.check(call.request, models[i].tokenizer)
+                check_tools(call.request, models[i])
+                await self._grammars.check(call.request, tool_use(call.request, models[i]), models[i].tokenizer)
             except MacawError as e:
                 raise _located(e, i, plain) from e
         loop = asyncio.get_running_loop()
@@ -102,8 +106,9 @@ def _prepare(
 ) -> Prepared:
     prompt_ids = render(request, values, model.tokenizer).token_ids
     limit = check_length(len(prompt_ids), requested_max_tokens(request), model.engine.info.max_model_len)
-    grammar = grammar_of(request)
-    return Prepared(model, prompt_ids, limit, None if grammar is None else grammar.text)
+    tools = tool_use(request, model)
+    grammar = grammar_of(request, tools)
+    return Prepared(model, prompt_ids, limit, None if grammar is None else grammar.text, tools)
 
 
 def _located(error: MacawError, index: int, plain: bool) -> MacawError:

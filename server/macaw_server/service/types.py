@@ -51,12 +51,21 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model under the name that clients use; `created` is in Unix seconds."""
+    """A model under the name that clients use.
+
+    Attributes:
+        name: The name.
+        tokenizer: Its tokenizer, with the chat template.
+        engine: Who runs it.
+        created: Unix seconds.
+        tool_call_parser: Name of the form in which it writes calls; None: that which its chat template writes.
+    """
 
     name: str
     tokenizer: Tokenizer
     engine: Engine
     created: int
+    tool_call_parser: str | None = None
 
 
 class Tenant(NamedTuple):

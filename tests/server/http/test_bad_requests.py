@@ -118,11 +118,9 @@ async def test_chat_fields(busy, fields, param, text):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": []}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
         ({"functions": [{}]}, "functions"),
         ({"function_call": "auto"}, "function_call"),
-        ({"parallel_tool_calls": True}, "parallel_tool_calls"),
         ({"guided_json": {}}, "guided_json"),
         ({"guided_regex": "a"}, "guided_regex"),
         ({"audio": {}}, "audio"),
@@ -141,11 +139,10 @@ async def test_chat_fields(busy, fields, param, text):
             "stream_options.include_obfuscation",
         ),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "tool", "content": "42", "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "function", "content": "42"}]}, "messages[0].role"),
         (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
+            {"messages": [{"role": "assistant", "content": "", "function_call": {}}]},
+            "messages[0].function_call",
         ),
     ],
 )
@@ -251,9 +248,9 @@ def one(**fields):
             "text only",
         ),
         (
-            one(calls=[call("a", "Hi", tools=[{}])]),
+            one(calls=[call("a", "Hi", tools=[{"type": "custom"}])]),
             "invalid_program",
-            "calls[0].request.tools",
+            "calls[0].request.tools[0].type",
             "not supported",
         ),
         (

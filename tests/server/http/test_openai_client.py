@@ -189,8 +189,8 @@ def test_models(client):
 
 def test_errors_are_the_clients_exceptions(client):
     with pytest.raises(openai.BadRequestError) as e:
-        chat(client, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
-    assert (e.value.code, e.value.param) == ("unsupported_parameter", "tools")
+        chat(client, functions=[{"name": "f", "parameters": {}}])
+    assert (e.value.code, e.value.param) == ("unsupported_parameter", "functions")
     with pytest.raises(openai.NotFoundError) as e:
         client.chat.completions.create(model="gpt-9", messages=PROMPT)
     assert e.value.code == "unknown_model"
