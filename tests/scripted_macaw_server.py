@@ -62,6 +62,7 @@ class Recorder:
         requests: How many "chat", "completion" and "program" requests there were.
         programs: The program requests.
         cancelled: Ids of programs that were stopped by their client.
+        started: Set when a program has begun.
         down: Refuse programs, as another OpenAI-compatible server would.
         script: Answers a prompt in its own way, where it does not return None; it may raise a `MacawError`.
         hints: The field `macaw` of the chats and completions that had it, in the order of their arrival.
@@ -75,6 +76,7 @@ class Recorder:
         self.programs: list[ProgramRequest] = []
         self.cancelled: list[str] = []
         self.cancellation = threading.Event()
+        self.started = threading.Event()
         self.down = False
         self.script: Callable[[str], str | None] = lambda prompt: None
         self.hints: list[dict[str, Any]] = []
@@ -258,6 +260,7 @@ class ScriptedServer:
 
     async def run(self, program_id: str, program: ProgramRequest, events: asyncio.Queue[Event | None]) -> None:
         events.put_nowait(ProgramCreated(program_id=program_id))
+        self.recorder.started.set()
         loop = asyncio.get_running_loop()
         names = [c.output for c in program.calls] + [t.output for t in program.transforms]
         values: dict[str, asyncio.Future[str]] = {name: loop.create_future() for name in names}

@@ -1,5 +1,7 @@
-"""LlamaIndex on Macaw: `Macaw` instead of `OpenAI` or `OpenAILike`."""
+"""LlamaIndex on Macaw: `Macaw` instead of `OpenAI` or `OpenAILike`; `compile` sends an engine's calls as programs."""
 
+from llama_index.llms.macaw.autocompile import autocompile
 from llama_index.llms.macaw.base import Macaw
+from llama_index.llms.macaw.compile import compile
 
-__all__ = ["Macaw"]
+__all__ = ["Macaw", "autocompile", "compile"]

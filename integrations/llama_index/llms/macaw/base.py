@@ -27,6 +27,8 @@ from openai.lib._pydantic import to_strict_json_schema
 
 from llama_index.llms.macaw.clients import AsyncClient, Client, Served, read_served
 from llama_index.llms.macaw.hints import ahinted, hinted, install
+from llama_index.llms.macaw.replay import areplaying, replaying
+from macaw import AsyncMacawClient, MacawClient
 from macaw.connections import shared_async_client, shared_client
 
 _EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
@@ -167,6 +169,9 @@ class Macaw(OpenAILike):
         # A client that is not reused is closed after its request, with its connections.
         if options["http_client"] is None and self.reuse_client:
             options["http_client"] = shared_async_client() if is_async else shared_client()
+        if options["http_client"] is not None:
+            wrap: Any = areplaying if is_async else replaying
+            options["http_client"] = wrap(options["http_client"])
         return options
 
     def _get_model_kwargs(self, **kwargs: Any) -> dict[str, Any]:
@@ -249,6 +254,29 @@ class Macaw(OpenAILike):
         async with ahinted(self._gives_hints, kwargs) as kwargs:
             response: CompletionResponseAsyncGen = await super()._astream_complete(prompt, **kwargs)
             return response
+
+    # -------------------------------------------------------------------------------------------------------
+    # For `llama_index.llms.macaw.compile`
+
+    def _can_join(self, other: Macaw | None) -> bool:
+        """Whether a call of this model can be part of a program that is sent as `other`'s."""
+        is_ours = isinstance(self._client, Client | None) and isinstance(self._aclient, AsyncClient | None)
+        joins = other is None or self._endpoint == other._endpoint
+        return is_ours and self.reuse_client and not self.default_headers and joins
+
+    @property
+    def _endpoint(self) -> tuple[Any, ...]:
+        return self.api_base, self.api_key, self._http_client, self._async_http_client
+
+    def _program_client(self) -> MacawClient:
+        """A client for programs with this model's server, key, timeout and HTTP client."""
+        http_client = self._http_client or shared_client()
+        return MacawClient(self.api_base, self.api_key, timeout_s=self.timeout, http_client=http_client)
+
+    def _async_program_client(self) -> AsyncMacawClient:
+        """The asynchronous counterpart of `_program_client`."""
+        http_client = self._async_http_client or shared_async_client()
+        return AsyncMacawClient(self.api_base, self.api_key, timeout_s=self.timeout, http_client=http_client)
 
     # -------------------------------------------------------------------------------------------------------
     # Copies

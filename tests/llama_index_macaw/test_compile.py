@@ -1,0 +1,254 @@
+"""Compiled against plain: nobody can tell the two apart, but by the requests that are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_async
+from scripted_macaw_server import Recorder
+
+from llama_index.core import PromptTemplate
+from llama_index.core.indices.prompt_helper import PromptHelper
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+from llama_index.llms.macaw import Macaw, compile
+from llama_index.llms.macaw.running import CURRENT_RUN
+from macaw.errors import ContextLengthError
+
+MODES = [mode.value for mode in ResponseMode if mode.value not in ("no_text", "context_only")]
+TEXTS = [f"Part {i} of the story. " + f"The macaw number {i} flies and eats nuts. " * 14 for i in range(6)]
+QUESTION = "What does it eat?"
+
+Script = Callable[[str], str | None]
+
+ANSWERS: dict[str, Script] = {
+    "another level of the tree": lambda prompt: "the " * 75,
+    "longer than a prompt": lambda prompt: "nuts " * 1700 if "Part 0" in prompt else None,
+    "an empty one": lambda prompt: "" if "Part 2" in prompt else None,
+    "only empty ones": lambda prompt: "",
+    "white space": lambda prompt: " \n " if "Part 2" in prompt else None,
+    "white space around": lambda prompt: "\n\n nuts and fruit \n",
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    yield
+    assert CURRENT_RUN.get() is None
+    assert "macaw-program" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def bench(recorder: Recorder) -> Bench:
+    return Bench(recorder)
+
+
+@pytest.fixture
+def build(server_url: str, bench: Bench) -> Callable[..., RetrieverQueryEngine]:
+    """An engine as a user would build it; chunks are packed into prompts of 200 tokens."""
+
+    def build(mode: str, *, chat: bool = True, streaming: bool = False, size: int = 200, **kwargs: Any) -> Any:
+        llm = Macaw(
+            model="m",
+            api_base=server_url,
+            is_chat_model=chat,
+            is_function_calling_model=False,
+            context_window=2000,
+            max_tokens=64,
+            max_retries=0,
+            callback_manager=bench.callback_manager,
+        )
+        helper = PromptHelper(context_window=2000, num_output=64, chunk_size_limit=size)
+        synthesizer = get_response_synthesizer(
+            llm=llm,
+            prompt_helper=helper,
+            response_mode=ResponseMode(mode),
+            streaming=streaming,
+            callback_manager=bench.callback_manager,
+            **kwargs,
+        )
+        retriever = FixedRetriever(TEXTS, bench.callback_manager)
+        return RetrieverQueryEngine(retriever, synthesizer, callback_manager=bench.callback_manager)
+
+    return build
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_program_and_everything_else_as_before(
+    mode: str, asynchronous: bool, streaming: bool, chat: bool, build: Any, bench: Bench, recorder: Recorder
+) -> None:
+    engine = build(mode, chat=chat, streaming=streaming)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous))
+    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous))
+    if asynchronous:
+        expected, actual = expected.in_any_order(), actual.in_any_order()
+    assert actual == expected
+    if "accumulate" in mode and streaming:
+        assert expected.error == (ValueError, "Unable to stream in Accumulate response mode")
+        assert not recorder.requests
+    else:
+        assert expected.prompts.total() == {"simple_summarize": 1, "generation": 1}.get(mode) or 5
+        assert recorder.requests == {"program": 1}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("answers", ANSWERS)
+@pytest.mark.parametrize("mode", ["refine", "compact", "tree_summarize"])
+def test_answers_that_change_what_comes_next(
+    mode: str, answers: str, asynchronous: bool, streaming: bool, build: Any, bench: Bench
+) -> None:
+    engine = build(mode, streaming=streaming)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=ANSWERS[answers])
+    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=ANSWERS[answers])
+    if asynchronous:
+        expected, actual = expected.in_any_order(), actual.in_any_order()
+    actual.prompts &= expected.prompts  # the server has begun with what turned out not to be needed
+    assert actual == expected
+
+
+def test_another_level_is_another_program(build: Any, recorder: Recorder) -> None:
+    recorder.script = ANSWERS["another level of the tree"]
+    compile(build("tree_summarize")).query(QUESTION)
+    assert recorder.requests == {"program": 2}
+
+
+def test_a_wrong_chain_is_stopped(build: Any, recorder: Recorder) -> None:
+    """The second call is still planned rightly; what was planned behind it is not."""
+    recorder.script = ANSWERS["an empty one"]
+    compile(build("refine")).query(QUESTION)
+    assert recorder.requests["program"] == 1
+    assert 0 < recorder.requests["chat"] < 6
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", MODES)
+def test_errors_are_those_of_the_call(
+    mode: str, asynchronous: bool, streaming: bool, build: Any, bench: Bench, recorder: Recorder
+) -> None:
+    def fail(prompt: str) -> str | None:
+        if QUESTION in prompt and ("Part 3" in prompt or mode in ("generation", "simple_summarize")):
+            raise ContextLengthError("Context of 12 tokens is over the model's 10. Shorten the prompt.")
+        return None
+
+    engine = build(mode, streaming=streaming)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=fail)
+    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=fail)
+    if "accumulate" not in mode or not streaming:
+        assert issubclass(expected.error[0], openai.BadRequestError)
+        assert recorder.requests == {"program": 1}
+    assert actual.error == expected.error
+    assert actual.result is None
+    if not asynchronous:  # where branches go on in the background, what is seen of them is a matter of chance
+        assert (actual.events, actual.spans, actual.callbacks) == (expected.events, expected.spans, expected.callbacks)
+
+
+def test_sixteen_leaves_at_once(build: Any, recorder: Recorder) -> None:
+    engine = build("tree_summarize", size=300)
+    engine.retriever.texts = TEXTS * 4
+    engine.query(QUESTION)
+    assert (recorder.requests, recorder.peak) == ({"chat": 17}, 1)
+    recorder.clear()
+    compile(engine).query(QUESTION)
+    assert (recorder.requests, recorder.peak) == ({"program": 1}, 16)
+
+
+def test_prompts_can_be_read_and_changed(build: Any, bench: Bench, recorder: Recorder) -> None:
+    plain, compiled = build("compact"), compile(build("compact"))
+    assert compiled.get_prompts() == plain.get_prompts()
+    shorter = {
+        "response_synthesizer:text_qa_template": PromptTemplate("{context_str}\n{query_str}"),
+        "response_synthesizer:refine_template": PromptTemplate("{context_msg}\n{existing_answer}\n{query_str}"),
+    }
+    for engine in (plain, compiled):
+        engine.update_prompts(shorter)
+    assert compiled.get_prompts() == plain.get_prompts()
+    expected = bench.observe(querying(plain, QUESTION, asynchronous=False))
+    assert bench.observe(querying(compiled, QUESTION, asynchronous=False)) == expected
+    assert recorder.requests == {"program": 1}
+
+
+def test_templates_that_look_at_answers(build: Any, bench: Bench, recorder: Recorder) -> None:
+    """What a function makes of an answer is not known ahead; all before that is."""
+    template = PromptTemplate(
+        "{context_msg}\n{shouted}\n{query_str}",
+        function_mappings={"shouted": lambda **kwargs: kwargs.get("existing_answer", "").upper()},
+    )
+    engine = build("refine", refine_template=template)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=False))
+    assert bench.observe(querying(compile(engine), QUESTION, asynchronous=False)) == expected
+    assert recorder.requests == {"program": 1, "chat": 5}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", ["tree_summarize", "compact"])
+def test_several_questions_at_once(mode: str, asynchronous: bool, build: Any, recorder: Recorder) -> None:
+    questions = [f"Question {i}?" for i in range(4)]
+    engine = build(mode)
+    expected = [str(engine.query(question)) for question in questions]
+    prompts = recorder.prompts.copy()
+    recorder.clear()
+    compiled = compile(engine)
+    if asynchronous:
+
+        async def ask() -> list[Any]:
+            return await asyncio.gather(*map(compiled.aquery, questions))
+
+        actual = run_async(ask())
+    else:
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(compiled.query, questions))
+    assert [str(response) for response in actual] == expected
+    assert recorder.prompts == prompts
+    assert recorder.requests == {"program": 4}
+
+
+def test_a_server_without_programs(build: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    engine = build("tree_summarize")
+    expected = str(engine.query(QUESTION))
+    recorder.clear()
+    recorder.down = True
+    assert str(compile(engine).query(QUESTION)) == expected
+    assert recorder.requests == {"program": 1, "chat": 5}
+    assert "A program was lost: NotFoundError" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["dropped", "closed"])
+def test_an_abandoned_stream_cancels_its_program(end: str, build: Any, recorder: Recorder) -> None:
+    response = compile(build("generation", streaming=True)).query("HOLD")
+    recorder.started.wait()
+    assert not recorder.cancelled
+    if end == "closed":
+        response.response_gen.close()
+    del response
+    assert recorder.cancellation.wait(10)
+
+
+@pytest.mark.parametrize("end", ["dropped", "closed"])
+async def test_an_abandoned_asynchronous_stream_cancels_its_program(end: str, build: Any, recorder: Recorder) -> None:
+    response = await compile(build("generation", streaming=True)).aquery("HOLD")
+    await asyncio.to_thread(recorder.started.wait)
+    assert not recorder.cancelled
+    if end == "closed":
+        await response.response_gen.aclose()
+    del response
+    assert await asyncio.to_thread(recorder.cancellation.wait, 10)
+
+
+async def test_a_cancelled_query_cancels_its_program(build: Any, recorder: Recorder) -> None:
+    query = asyncio.create_task(compile(build("generation")).aquery("HOLD"))
+    await asyncio.to_thread(recorder.started.wait)
+    query.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await query
+    assert await asyncio.to_thread(recorder.cancellation.wait, 10)
