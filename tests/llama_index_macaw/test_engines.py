@@ -8,10 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llama_index_macaw.observing import Bench, FixedRetriever, querying
-from pydantic import BaseModel
-
-import llama_index.llms.macaw
 from llama_index.core.indices.query.query_transform.base import StepDecomposeQueryTransform
 from llama_index.core.query_engine import (
     MultiStepQueryEngine,
@@ -30,9 +26,13 @@ from llama_index.core.response_synthesizers import (
 from llama_index.core.selectors import LLMMultiSelector
 from llama_index.core.tools import QueryEngineTool
 from llama_index.core.types import BaseOutputParser
+from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
+
+import llama_index.llms.macaw
 from llama_index.llms.macaw import Macaw, autocompile, compile
 from llama_index.llms.macaw.compile import warn_once
-from llama_index.llms.openai_like import OpenAILike
+from llama_index_macaw.observing import Bench, FixedRetriever, querying
 from scripted_macaw_server import Recorder
 
 TEXTS = [f"Part {i}. " + f"The macaw number {i} flies and eats nuts. " * 14 for i in range(4)]

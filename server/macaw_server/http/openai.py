@@ -28,6 +28,7 @@ from macaw_server.http.parsing import parse_openai, read_json
 from macaw_server.http.streams import ProgramStream, wait_for_end
 from macaw_server.service import ProgramRun, ProgramService, ServedModel, Tenant
 from macaw_server.service.completions import add_usage
+from macaw_server.service.tools import tool_format
 
 
 class OpenAIEndpoints:
@@ -149,6 +150,7 @@ def _model_object(model: ServedModel) -> dict[str, Any]:
         "owned_by": "macaw",
         "max_model_len": model.engine.info.max_model_len,
         "has_chat_template": bool(model.tokenizer.chat_template),
+        "supports_tools": bool(model.tokenizer.chat_template) and tool_format(model) is not None,
     }
 
 

@@ -23,6 +23,7 @@ from llama_index.core.query_engine import (
     TransformQueryEngine,
 )
 from llama_index.core.response_synthesizers import BaseSynthesizer, Refine
+
 from llama_index.llms.macaw import synthesizers
 from llama_index.llms.macaw.lowering import NotStatic
 from llama_index.llms.macaw.packing import remembering, splitting_once
