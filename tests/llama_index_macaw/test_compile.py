@@ -10,16 +10,16 @@ from typing import Any
 
 import openai
 import pytest
-from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_async
-from scripted_macaw_server import Recorder
-
 from llama_index.core import PromptTemplate
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+
 from llama_index.llms.macaw import Macaw, compile
 from llama_index.llms.macaw.running import CURRENT_RUN
+from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_async
 from macaw.errors import ContextLengthError
+from scripted_macaw_server import Recorder
 
 MODES = [mode.value for mode in ResponseMode if mode.value not in ("no_text", "context_only")]
 TEXTS = [f"Part {i} of the story. " + f"The macaw number {i} flies and eats nuts. " * 14 for i in range(6)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_index.core.indices.prompt_helper import PromptHelper
+
 from llama_index.llms.macaw import packing
 from llama_index.llms.macaw.compile import HAS_PIPELINES, aget_response, get_response
 from llama_index.llms.macaw.synthesizers import LOWERINGS

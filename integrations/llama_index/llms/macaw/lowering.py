@@ -16,9 +16,10 @@ from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
+from llama_index.llms.openai.utils import to_openai_message_dicts
+
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.plan import Join, Parts, Plan, PlannedCall, Text
-from llama_index.llms.openai.utils import to_openai_message_dicts
 from macaw.protocol import Call, ProgramRequest, Target, TextPart, Transform, VariablePart
 
 _MAX_NAME_LEN = 200

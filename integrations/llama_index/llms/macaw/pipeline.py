@@ -21,6 +21,7 @@ from llama_index.core.query_pipeline import (  # type: ignore[import-not-found]
 )
 from llama_index.core.query_pipeline.components.argpacks import KwargPackComponent  # type: ignore[import-not-found]
 from llama_index.core.query_pipeline.query import RunState  # type: ignore[import-not-found]
+
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering
 from llama_index.llms.macaw.running import CURRENT_RUN, Lowered, Run

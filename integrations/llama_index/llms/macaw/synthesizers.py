@@ -23,6 +23,7 @@ from llama_index.core.response_synthesizers import (
     TreeSummarize,
 )
 from llama_index.core.response_synthesizers.compact_and_accumulate import CompactAndAccumulate
+
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering, NotStatic
 from llama_index.llms.macaw.running import Lowered
