@@ -24,7 +24,8 @@ from pydantic import PrivateAttr
 
 from scripted_macaw_server import Recorder
 
-_UUID = re.compile(r"-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = re.compile("-" + _RANDOM_ID.pattern)
 
 
 class _Events(BaseEventHandler):
@@ -84,7 +85,7 @@ def _text(value: Any) -> str:
         return "a stream"
     if hasattr(value, "__next__") or hasattr(value, "__anext__"):
         return "a stream"
-    return re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value))
+    return _RANDOM_ID.sub("", re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value)))
 
 
 @dataclass
@@ -142,8 +143,8 @@ class Bench:
         """Type, text and sources of a response."""
         if isinstance(response, str):
             return _text(response)
-        sources = [node.node.node_id for node in response.source_nodes]
-        return type(response), str(response), sources, response.metadata
+        sources = [_RANDOM_ID.sub("", node.node.node_id) for node in response.source_nodes]
+        return type(response), str(response), sources, _RANDOM_ID.sub("", str(response.metadata))
 
 
 def querying(engine: Any, question: str, *, asynchronous: bool) -> Callable[[], Any]:
