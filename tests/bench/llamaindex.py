@@ -37,7 +37,7 @@ from macaw import MacawClient
 from macaw.protocol import ProgramState
 from macaw_server.bench.server import started
 
-CHUNK_TOKENS = 400  # as LlamaIndex counts; it overlaps them by a tenth
+CHUNK_TOKENS = 300  # as LlamaIndex counts; it overlaps them by a tenth
 LEAVES = 16
 KEYS = ("plain", "compiled")
 QUESTIONS = [f"What does the text say of {topic}?" for topic in ("pages", "tokens", "steps", "clients")]
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round-trip-ms", type=float, default=50)
     parser.add_argument("--chunks", type=int, default=6, help="of refine and questions")
-    parser.add_argument("--max-tokens", type=int, default=10)
+    parser.add_argument("--max-tokens", type=int, default=6)
     parser.add_argument("--ahead", nargs="*", default=["--ahead-rows=8"], help="flags of the server that works ahead")
     args = parser.parse_args()
 
