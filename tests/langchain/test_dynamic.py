@@ -23,11 +23,11 @@ from langchain_core.runnables import (
     chain,
 )
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from scripted_macaw_server import Recorder
 from test_client_steps import Count, ask
 from test_corpus import ASYNC_WAYS, WAYS, comparable, tree
 
 from langchain_macaw import ChatMacaw, compile
+from scripted_macaw_server import Recorder
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from chain_corpus_steps import (
     template_that_reads,
 )
 from langchain_core.runnables import Runnable
-from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile, explain
 from langchain_macaw.explanation import Explanation
+from scripted_macaw_server import Recorder
 
 X = {"x": "1"}
 

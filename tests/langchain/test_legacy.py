@@ -18,10 +18,10 @@ from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, Prom
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from scripted_macaw_server import Recorder
 from test_corpus import ASYNC_WAYS, WAYS, comparable, tree
 
 from langchain_macaw import ChatMacaw, compile
+from scripted_macaw_server import Recorder
 
 pytest.importorskip("langchain_classic")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -11,7 +11,6 @@ import httpx
 import pytest
 from chain_corpus import TEXT, chat
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel
-from scripted_macaw_server import Recorder
 from test_client_steps import ask
 
 from conftest import TENANTS
@@ -19,6 +18,7 @@ from langchain_macaw import ChatMacaw, compile
 from langchain_macaw.plan import CURRENT_PLAN
 from macaw import MacawClient
 from macaw_server.serve import LocalServer
+from scripted_macaw_server import Recorder
 
 STEP = RunnableLambda(lambda text: text)
 

@@ -11,10 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_index_instrumentation import root_dispatcher
-from pydantic import PrivateAttr
-from scripted_macaw_server import Recorder
-
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
@@ -23,8 +19,13 @@ from llama_index.core.instrumentation.span import BaseSpan
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index_instrumentation import root_dispatcher
+from pydantic import PrivateAttr
 
-_UUID = re.compile(r"-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+from scripted_macaw_server import Recorder
+
+_RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = re.compile("-" + _RANDOM_ID.pattern)
 
 
 class _Events(BaseEventHandler):
@@ -84,7 +85,7 @@ def _text(value: Any) -> str:
         return "a stream"
     if hasattr(value, "__next__") or hasattr(value, "__anext__"):
         return "a stream"
-    return re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value))
+    return _RANDOM_ID.sub("", re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value)))
 
 
 @dataclass
@@ -142,8 +143,8 @@ class Bench:
         """Type, text and sources of a response."""
         if isinstance(response, str):
             return _text(response)
-        sources = [node.node.node_id for node in response.source_nodes]
-        return type(response), str(response), sources, response.metadata
+        sources = [_RANDOM_ID.sub("", node.node.node_id) for node in response.source_nodes]
+        return type(response), str(response), sources, _RANDOM_ID.sub("", str(response.metadata))
 
 
 def querying(engine: Any, question: str, *, asynchronous: bool) -> Callable[[], Any]:

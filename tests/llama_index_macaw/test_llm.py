@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,12 +22,12 @@ from pydantic import BaseModel
 
 import scripted_macaw_server
 from llama_index.llms.macaw import Macaw
+from llama_index_macaw.ways import MESSAGES, WAYS, gathered, text_of
 from macaw.connections import shared_async_client
 from macaw.errors import ContextLengthError, EngineFailedError
 from macaw.protocol import ChatCompletionRequest, CompletionRequest
 from scripted_macaw_server import Recorder
 
-MESSAGES = [ChatMessage(role="system", content="Be short."), ChatMessage(role="user", content="Hello, you")]
 KNOWN: dict[str, Any] = {"context_window": 1000, "is_chat_model": True, "is_function_calling_model": False}
 EXTENSIONS: dict[str, Any] = {
     "top_k": 5,
@@ -38,26 +38,6 @@ EXTENSIONS: dict[str, Any] = {
     "stop_token_ids": [9],
 }
 SAMPLING: dict[str, Any] = {"top_p": 0.9, "seed": 3, "stop": ["x"], "presence_penalty": 0.1, "logit_bias": {"5": 1}}
-
-
-async def gathered(stream: Awaitable[Any]) -> list[Any]:
-    return [chunk async for chunk in await stream]
-
-
-WAYS: dict[str, Callable[[Macaw], list[Any]]] = {
-    "chat": lambda llm: [llm.chat(MESSAGES)],
-    "complete": lambda llm: [llm.complete("Hello, you")],
-    "stream_chat": lambda llm: list(llm.stream_chat(MESSAGES)),
-    "stream_complete": lambda llm: list(llm.stream_complete("Hello, you")),
-    "achat": lambda llm: [asyncio.run(llm.achat(MESSAGES))],  # type: ignore[arg-type]
-    "acomplete": lambda llm: [asyncio.run(llm.acomplete("Hello, you"))],  # type: ignore[arg-type]
-    "astream_chat": lambda llm: asyncio.run(gathered(llm.astream_chat(MESSAGES))),
-    "astream_complete": lambda llm: asyncio.run(gathered(llm.astream_complete("Hello, you"))),
-}
-
-
-def text_of(response: Any) -> str:
-    return response.text if hasattr(response, "text") else response.message.content
 
 
 class Capture(httpx.BaseTransport):

@@ -11,8 +11,6 @@ import pytest
 if find_spec("llama_index.core.query_pipeline") is None:
     pytest.skip("llama-index-core has no QueryPipeline since 0.13", allow_module_level=True)
 
-from llama_index_macaw.observing import Bench, FixedRetriever, run_async
-
 from llama_index.core import PromptTemplate
 from llama_index.core.query_pipeline import (  # type: ignore[import-not-found]
     ArgPackComponent,
@@ -22,7 +20,9 @@ from llama_index.core.query_pipeline import (  # type: ignore[import-not-found]
     QueryPipeline,
 )
 from llama_index.core.response_synthesizers import TreeSummarize
+
 from llama_index.llms.macaw import Macaw, autocompile, compile
+from llama_index_macaw.observing import Bench, FixedRetriever, run_async
 from scripted_macaw_server import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -171,7 +171,7 @@ def _model_object(model: ServedModel) -> dict[str, Any]:
         "owned_by": "macaw",
         "max_model_len": model.engine.info.max_model_len,
         "has_chat_template": bool(model.tokenizer.chat_template),
-        "tool_calling": tool_format(model) is not None,
+        "tool_calling": bool(model.tokenizer.chat_template) and tool_format(model) is not None,
     }
 
 

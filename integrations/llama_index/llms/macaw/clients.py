@@ -71,5 +71,5 @@ def read_served(client: openai.OpenAI, name: str | None) -> Served:
         name=found[0].id,
         context_window=said.get("max_model_len"),
         is_chat_model=said.get("has_chat_template"),
-        is_function_calling_model=said.get("has_tools"),
+        is_function_calling_model=said.get("tool_calling"),
     )

@@ -102,8 +102,8 @@ def _compile_synthesizer(x: BaseSynthesizer) -> BaseSynthesizer:
     if isinstance(compiled, Refine):
         compiled._program_factory = compiled._default_program_factory
     compiled._prompt_helper = remembering(x._prompt_helper)
-    vars(compiled)["get_response"] = functools.partial(get_response, type(x).get_response, compiled)
-    vars(compiled)["aget_response"] = functools.partial(aget_response, type(x).aget_response, compiled)
+    vars(compiled)["get_response"] = functools.partial(_get_response, compiled)
+    vars(compiled)["aget_response"] = functools.partial(_aget_response, compiled)
     return compiled
 
 
@@ -141,6 +141,14 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, dict):
         return _same(list(old.values()), list(new.values()))
     return old is new
+
+
+def _get_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
+    return get_response(type(synthesizer).get_response, synthesizer, *args, **kwargs)
+
+
+async def _aget_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
+    return await aget_response(type(synthesizer).aget_response, synthesizer, *args, **kwargs)
 
 
 def get_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
