@@ -163,14 +163,16 @@ def test_errors_are_those_of_the_call(
         assert (actual.events, actual.spans, actual.callbacks) == (expected.events, expected.spans, expected.callbacks)
 
 
-def test_sixteen_leaves_at_once(build: Any, recorder: Recorder) -> None:
+def test_all_leaves_at_once(build: Any, recorder: Recorder) -> None:
     engine = build("tree_summarize", size=400)
     engine.retriever.texts = (TEXTS * 6)[:35]
     engine.query(QUESTION)
-    assert (recorder.requests, recorder.peak) == ({"chat": 17}, 1)
+    leaves = recorder.requests["chat"] - 1
+    assert leaves == (16 if REFINES else 3)  # an older prompt helper does not heed its limit
+    assert recorder.peak == 1
     recorder.clear()
     compile(engine).query(QUESTION)
-    assert (recorder.requests, recorder.peak) == ({"program": 1}, 16)
+    assert (recorder.requests, recorder.peak) == ({"program": 1}, leaves)
 
 
 @needs_refine
