@@ -13,7 +13,7 @@ import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
+from llama_index.core.response_synthesizers import Refine, ResponseMode, get_response_synthesizer
 
 from llama_index.llms.macaw import Macaw, compile
 from llama_index.llms.macaw.running import CURRENT_RUN
@@ -21,7 +21,16 @@ from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_asy
 from macaw.errors import ContextLengthError
 from scripted_macaw_server import Recorder
 
-MODES = [mode.value for mode in ResponseMode if mode.value not in ("no_text", "context_only")]
+REFINES = ["refine", "compact"] if hasattr(Refine, "_run_refine_loop") else []  # not of an older llama-index-core
+MODES = [
+    *REFINES,
+    "simple_summarize",
+    "tree_summarize",
+    "generation",
+    "accumulate",
+    "compact_accumulate",
+]
+needs_refine = pytest.mark.skipif(not REFINES, reason="the refine of this llama-index-core is not compiled")
 TEXTS = [f"Part {i} of the story. " + f"The macaw number {i} flies and eats nuts. " * 14 for i in range(6)]
 QUESTION = "What does it eat?"
 
@@ -103,7 +112,7 @@ def test_one_program_and_everything_else_as_before(
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("answers", ANSWERS)
-@pytest.mark.parametrize("mode", ["refine", "compact", "tree_summarize"])
+@pytest.mark.parametrize("mode", [*REFINES, "tree_summarize"])
 def test_answers_that_change_what_comes_next(
     mode: str, answers: str, asynchronous: bool, streaming: bool, build: Any, bench: Bench
 ) -> None:
@@ -122,6 +131,7 @@ def test_another_level_is_another_program(build: Any, recorder: Recorder) -> Non
     assert recorder.requests == {"program": 2}
 
 
+@needs_refine
 def test_a_wrong_chain_is_stopped(build: Any, recorder: Recorder) -> None:
     """The second call is still planned rightly; what was planned behind it is not."""
     recorder.script = ANSWERS["an empty one"]
@@ -153,16 +163,19 @@ def test_errors_are_those_of_the_call(
         assert (actual.events, actual.spans, actual.callbacks) == (expected.events, expected.spans, expected.callbacks)
 
 
-def test_sixteen_leaves_at_once(build: Any, recorder: Recorder) -> None:
+def test_all_leaves_at_once(build: Any, recorder: Recorder) -> None:
     engine = build("tree_summarize", size=400)
     engine.retriever.texts = (TEXTS * 6)[:35]
     engine.query(QUESTION)
-    assert (recorder.requests, recorder.peak) == ({"chat": 17}, 1)
+    leaves = recorder.requests["chat"] - 1
+    assert leaves == (16 if REFINES else 3)  # an older prompt helper does not heed its limit
+    assert recorder.peak == 1
     recorder.clear()
     compile(engine).query(QUESTION)
-    assert (recorder.requests, recorder.peak) == ({"program": 1}, 16)
+    assert (recorder.requests, recorder.peak) == ({"program": 1}, leaves)
 
 
+@needs_refine
 def test_prompts_can_be_read_and_changed(build: Any, bench: Bench, recorder: Recorder) -> None:
     plain, compiled = build("compact"), compile(build("compact"))
     assert compiled.get_prompts() == plain.get_prompts()
@@ -178,6 +191,7 @@ def test_prompts_can_be_read_and_changed(build: Any, bench: Bench, recorder: Rec
     assert recorder.requests == {"program": 1}
 
 
+@needs_refine
 def test_templates_that_look_at_answers(build: Any, bench: Bench, recorder: Recorder) -> None:
     """What a function makes of an answer is not known ahead; all before that is."""
     template = PromptTemplate(
@@ -191,7 +205,7 @@ def test_templates_that_look_at_answers(build: Any, bench: Bench, recorder: Reco
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("mode", ["tree_summarize", "compact"])
+@pytest.mark.parametrize("mode", ["tree_summarize", *REFINES])
 def test_several_questions_at_once(mode: str, asynchronous: bool, build: Any, recorder: Recorder) -> None:
     questions = [f"Question {i}?" for i in range(4)]
     engine = build(mode)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.llms import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.openai.utils import to_openai_message_dicts
 
@@ -47,7 +48,7 @@ class Lowering:
         self._calls: list[PlannedCall] = []
         self._joins: list[Join] = []
 
-    def predict(self, llm: Macaw, prompt: BasePromptTemplate, name: str, /, **prompt_args: Any) -> str:
+    def predict(self, llm: LLM, prompt: BasePromptTemplate, name: str, /, **prompt_args: Any) -> str:
         """Plan what ``llm.predict(prompt, **prompt_args)`` asks for.
 
         Returns:
@@ -57,6 +58,8 @@ class Lowering:
             NotStatic: The request depends on more than the text of answers.
             pydantic.ValidationError: The server would not take the request.
         """
+        if not isinstance(llm, Macaw):
+            raise NotStatic(f"{type(llm).__name__} is not Macaw.")
         if llm.metadata.is_chat_model:
             return self.chat(llm, llm._get_messages(prompt, **prompt_args), name)
         return self.complete(llm, llm._get_prompt(prompt, **prompt_args), name)

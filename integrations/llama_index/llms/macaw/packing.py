@@ -37,8 +37,9 @@ class Splits:
         kind = (splitter.separator, splitter.chunk_overlap)
 
         def record(text: str) -> list[str]:
-            size = splitter.chunk_size
-            chunks = splitter._merge(splitter._split(text, size), size) if text else [text]
+            size, chunks = splitter.chunk_size, [text]
+            if text:
+                chunks = splitter._merge(splitter._split(text, size), size)
             self._kept[(*kind, size, text)] = chunks
             return list(chunks)
 

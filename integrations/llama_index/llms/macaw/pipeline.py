@@ -14,13 +14,10 @@ from typing import Any
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 from llama_index.core.llms.llm import LLMChatComponent, LLMCompleteComponent  # type: ignore[attr-defined]
 from llama_index.core.prompts.base import PromptComponent  # type: ignore[attr-defined]
-from llama_index.core.query_pipeline import (  # type: ignore[import-not-found]
-    ArgPackComponent,
-    InputComponent,
-    QueryPipeline,
-)
-from llama_index.core.query_pipeline.components.argpacks import KwargPackComponent  # type: ignore[import-not-found]
-from llama_index.core.query_pipeline.query import RunState  # type: ignore[import-not-found]
+from llama_index.core.query_pipeline import ArgPackComponent, InputComponent
+from llama_index.core.query_pipeline import QueryPipeline as QueryPipeline
+from llama_index.core.query_pipeline.components.argpacks import KwargPackComponent
+from llama_index.core.query_pipeline.query import RunState
 
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering

@@ -150,7 +150,8 @@ class Plan:
         self._missing: dict[str, int] = {}
         self._consumers: dict[str, list[PlannedCall | Join]] = defaultdict(list)
         self._by_key: dict[str, deque[Replay]] = defaultdict(deque)
-        for consumer in (*joins, *calls):
+        consumers: list[PlannedCall | Join] = [*joins, *calls]
+        for consumer in consumers:
             inputs = set(consumer.inputs) if isinstance(consumer, Join) else consumer.variables
             self._missing[consumer.output] = len(inputs)
             for variable in inputs:

@@ -80,7 +80,7 @@ class _Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
 
     def _end(self, event: CallEvent | None) -> bytes:
         if not isinstance(event, CallCompleted):
-            return _line({"error": event.error.model_dump() if event else _BROKEN})
+            return _line({"error": event.error.model_dump() if isinstance(event, CallFailed) else _BROKEN})
         end = b"data: [DONE]\n\n"
         if not self._include_usage:
             return end
