@@ -179,4 +179,4 @@ def _prefill_ms(costs: Coefficients, start: int, end: int) -> float:
     """Marginal time of computing the tokens ``[start, end)`` of a sequence; one at least is computed."""
     start = min(start, end - 1)
     pairs = (end * (end + 1) - start * (start + 1)) / 2
-    return costs.token * (end - start) + costs.score * pairs
+    return (costs.token + costs.beyond) * (end - start) + costs.score * pairs

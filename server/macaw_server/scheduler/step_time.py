@@ -1,8 +1,9 @@
 """How long a step takes: a line through what it does, fitted while the engine runs. Pure.
 
 A step pays a fixed price (weights read once, overhead), and then for each token that goes through the layers, each row
-of logits, each K/V entry read and each attention score computed. All five coefficients are non-negative, so that more
-work never looks cheaper, whatever the data.
+of logits, each K/V entry read and each attention score computed. The first tokens hide behind the reading of the
+weights, so the line has a knee: those beyond `KNEE` may cost more. All coefficients are non-negative, so that more work
+never looks cheaper, whatever the data.
 """
 
 from __future__ import annotations
@@ -76,15 +77,18 @@ def step_features(batch: ScheduledBatch) -> StepFeatures:
 
 
 class Coefficients(NamedTuple):
-    """Milliseconds per step, and per unit of each feature."""
+    """Milliseconds per step, and per unit of each feature; `beyond` comes on top for tokens beyond the knee."""
 
     fixed: float
     token: float
     sample: float
     kv_token: float
     score: float
+    beyond: float = 0.0
 
 
+KNEE = 16
+"""Tokens of a step: a tile of rows of the CPU kernels."""
 PRIOR = Coefficients(fixed=5.0, token=0.6, sample=0.5, kv_token=1.5e-3, score=7e-5)
 """Before data: a model of 135M parameters in bfloat16 on two cores. The first step already sets the scale."""
 
@@ -189,7 +193,8 @@ class StepTimeModel:
         known.sums.scale(1 - 1 / self.MEMORY)
         weight = self._weight(known, step_time_ms / predicted)
         unit = min(max(predicted, step_time_ms / 2), step_time_ms * 2)
-        known.sums.add([1 / unit, *(n / unit for n in features)], step_time_ms / unit, weight)
+        beyond = max(0, features.num_tokens - KNEE)
+        known.sums.add([1 / unit, *(n / unit for n in features), beyond / unit], step_time_ms / unit, weight)
         self._num_observed += 1
         known.num_observed += 1
         known.seen = self._num_observed
@@ -205,6 +210,7 @@ class StepTimeModel:
             + c.sample * features.num_samples
             + c.kv_token * features.num_kv_tokens
             + c.score * features.num_scores
+            + c.beyond * max(0, features.num_tokens - KNEE)
         )
         return max(time_ms, 1e-3)
 

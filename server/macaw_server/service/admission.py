@@ -33,8 +33,8 @@ class Admission:
         self._clock = clock
         self._live: dict[Tenant, int] = {}
         self._num_live = 0
-        self._ends = _Rate()
-        self._ends_of: dict[Tenant, _Rate] = {}
+        self._all = _Flow()
+        self._flows: dict[Tenant, _Flow] = {}
 
     @property
     def num_live(self) -> int:
@@ -50,7 +50,7 @@ class Admission:
 
         Raises:
             InvalidProgramError: There never will be.
-            OverloadedError: Not now; `retry_after_s` says when, at the rate at which calls ended lately.
+            OverloadedError: Not now; `retry_after_s` says when, by how long calls took lately, and how many ended.
         """
         if num_new > self._limit:
             raise InvalidProgramError(
@@ -63,7 +63,7 @@ class Admission:
             raise OverloadedError(
                 f"{self._num_live:,} calls are waiting or running; with {num_new:,} more they would be over the limit "
                 f"of {self._limit:,}. Try again after the time in Retry-After.",
-                retry_after_s=self._seconds(over, self._ends.per_second(self._clock())),
+                retry_after_s=_limited(self._all.until_ended(over, self._clock())),
             )
         share, mine = SHARE * tenant.weight, self.num_live_of(tenant)
         allowed = math.floor(share * (self._limit - self._num_live))
@@ -73,7 +73,7 @@ class Admission:
                 f"{mine:,} calls of this API key are waiting or running; with {num_new:,} more they would be over its "
                 f"share of {allowed:,} while other keys have {self._num_live - mine:,}, of {self._limit:,} in all. Try "
                 "again after the time in Retry-After.",
-                retry_after_s=self._seconds(over, self._rate_of(tenant)),
+                retry_after_s=_limited(self._until_ended(tenant, over)),
             )
 
     def begin(self, tenant: Tenant, num_new: int) -> None:
@@ -81,6 +81,9 @@ class Admission:
         self.check(tenant, num_new)
         self._live[tenant] = self.num_live_of(tenant) + num_new
         self._num_live += num_new
+        now_s = self._clock()
+        for flow in (self._all, self._flows.setdefault(tenant, _Flow())):
+            flow.begin(now_s, num_new)
 
     def end(self, tenant: Tenant, num_calls: int, *, served: bool = True) -> None:
         """Count calls no more.
@@ -95,37 +98,63 @@ class Admission:
         assert self._live[tenant] >= 0, f"{self._live[tenant]} live calls of tenant {tenant.id}"
         if not self._live[tenant]:
             del self._live[tenant]
-        if served:
-            now_s = self._clock()
-            self._ends.add(now_s, num_calls)
-            self._ends_of.setdefault(tenant, _Rate()).add(now_s, num_calls)
-
-    def _rate_of(self, tenant: Tenant) -> float:
-        """Calls of a tenant that end per second; where none has, its share of those that do."""
         now_s = self._clock()
-        own = self._ends_of[tenant].per_second(now_s) if tenant in self._ends_of else 0.0
-        weights = sum(other.weight for other in self._live) or tenant.weight
-        return own or self._ends.per_second(now_s) * tenant.weight / weights
+        for flow in (self._all, self._flows[tenant]):
+            flow.end(now_s, num_calls, served=served)
 
-    def _seconds(self, num_calls: int, per_second: float) -> float:
-        """How long so many calls take; a minute where nothing is known."""
-        if not per_second:
-            return _RATE_WINDOW_S
-        return min(_MAX_RETRY_S, max(_MIN_RETRY_S, math.ceil(num_calls / per_second)))
+    def _until_ended(self, tenant: Tenant, num_calls: int) -> float | None:
+        """How long until so many calls of a tenant have ended; where none has lately, by its share of all that have."""
+        now_s = self._clock()
+        own = self._flows[tenant].until_ended(num_calls, now_s)
+        if own is None and (per_second := self._all.per_second(now_s)):
+            weights = sum(other.weight for other in self._live) or tenant.weight
+            own = num_calls / (per_second * tenant.weight / weights)
+        return own
 
 
-class _Rate:
-    """Ends per second over the last minute; of no more than the last 1,024 that ended."""
+def _limited(seconds: float | None) -> float:
+    """What a client is told; a minute where nothing is known."""
+    return _RATE_WINDOW_S if seconds is None else min(_MAX_RETRY_S, max(_MIN_RETRY_S, math.ceil(seconds)))
+
+
+class _Flow:
+    """Calls of a tenant, or of all: when those that live began, and the last minute's ends, of 1,024 at most.
+
+    Which of the calls ends is not told apart: the one that began first is taken for it, and the mean time is right.
+    """
 
     def __init__(self) -> None:
-        self._ends: deque[tuple[float, int]] = deque(maxlen=1024)
+        self._begins: deque[float] = deque()
+        self._ends: deque[tuple[float, int, float]] = deque(maxlen=1024)  # when, how many, seconds that they took
 
-    def add(self, now_s: float, num_calls: int) -> None:
-        self._ends.append((now_s, num_calls))
+    def begin(self, now_s: float, num_calls: int) -> None:
+        self._begins.extend([now_s] * num_calls)
+
+    def end(self, now_s: float, num_calls: int, *, served: bool) -> None:
+        if served:
+            took_s = sum(now_s - self._begins.popleft() for _ in range(num_calls))
+            self._ends.append((now_s, num_calls, took_s))
+        else:
+            for _ in range(num_calls):
+                self._begins.pop()
 
     def per_second(self, now_s: float) -> float:
+        """Ends."""
         while self._ends and self._ends[0][0] < now_s - _RATE_WINDOW_S:
             self._ends.popleft()
         if not self._ends:
             return 0.0
-        return sum(num_calls for _, num_calls in self._ends) / (now_s - self._ends[0][0] + 1.0)
+        return sum(num_calls for _, num_calls, _ in self._ends) / (now_s - self._ends[0][0] + 1.0)
+
+    def until_ended(self, num_calls: int, now_s: float) -> float | None:
+        """How long until so many have ended; None where none has lately.
+
+        That is at their rate, and not before the oldest have had the mean time: calls that began together end together.
+        """
+        per_second = self.per_second(now_s)
+        if not per_second:
+            return None
+        total = sum(num for _, num, _ in self._ends)
+        mean_s = sum(took_s for _, _, took_s in self._ends) / total
+        oldest_s = self._begins[min(num_calls, len(self._begins)) - 1] if self._begins else now_s
+        return max(num_calls / per_second, oldest_s + mean_s - now_s)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from macaw_server.kvcache import KVCache
 from macaw_server.scheduler import Coefficients, Scheduler, SchedulerConfig, StepFeatures, StepTimeModel, step_features
 from macaw_server.scheduler.least_squares import NormalEquations, solve_nonnegative
-from macaw_server.scheduler.step_time import PRIOR
+from macaw_server.scheduler.step_time import KNEE, PRIOR
 from server.scheduler.engine_model import request
 
 TRUTH = Coefficients(fixed=4.0, token=0.3, sample=0.5, kv_token=1e-3, score=5e-5)
@@ -34,7 +34,8 @@ def random_step(rng: random.Random) -> StepFeatures:
 
 
 def time_ms(truth: Coefficients, f: StepFeatures) -> float:
-    return truth.fixed + sum(c * n for c, n in zip(truth[1:], f, strict=True))
+    beyond = truth.beyond * max(0, f.num_tokens - KNEE)
+    return truth.fixed + sum(c * n for c, n in zip(truth[1:-1], f, strict=True)) + beyond
 
 
 def trained(truth: Coefficients, steps: int = 400, *, noise: float = 0.0, seed: int = 0) -> StepTimeModel:
@@ -58,6 +59,7 @@ coefficients = st.builds(
     sample=st.floats(0, 2),
     kv_token=st.floats(0, 1e-2),
     score=st.floats(0, 1e-3),
+    beyond=st.floats(0, 2),
 )
 
 

@@ -82,6 +82,20 @@ def test_retry_after_is_from_the_tenants_own_rate(clock):
     assert of_b.value.retry_after_s < error.retry_after_s, "the bound of all is full, and all end faster"
 
 
+def test_calls_that_began_together_end_together(clock):
+    """Batches of calls that take ten seconds: eight end per second in the mean, and none before the batch does."""
+    admission = Admission(100, shared=True, clock=clock)
+    for _ in range(3):
+        fill(admission, A)
+        clock.now_s += 10.0
+        admission.end(A, 80)
+    fill(admission, A)
+    clock.now_s += 3.0
+    assert fill(admission, A)[1].retry_after_s == 7.0
+    clock.now_s += 9.0
+    assert fill(admission, A)[1].retry_after_s == 1.0, "they are late, and it is told by their rate"
+
+
 def test_calls_that_are_refused_after_all_do_not_count_as_served(clock):
     admission = Admission(10, shared=False, clock=clock)
     admission.begin(A, 10)
