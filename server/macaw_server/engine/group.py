@@ -77,6 +77,12 @@ class EngineGroup:
         for i, known in by_member.items():
             self._members[i].abort(known, keep_pages=keep_pages)
 
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these any more, in whichever engines something is kept."""
+        known = list(holders)
+        for member in self._members:
+            member.let_go(known)
+
     async def stats(self) -> EngineStats:
         """The counters of all together."""
         return sum_stats(await self.member_stats())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import EngineRequest, SamplingParams
 from macaw_server.programs.calls import CallNode
+from macaw_server.programs.leads import Atom
 from macaw_server.programs.program import Program
 from macaw_server.simulate.infinite_cache import InfiniteCache
 from macaw_server.simulate.records import CallRecord, ProgramRecord
 from macaw_server.simulate.tokens import TokenSource
-from macaw_server.workloads import CallSpec, ProgramSpec, Text
+from macaw_server.workloads import CallSpec, Output, ProgramSpec, Text
 
 
 class Surroundings(Protocol):
@@ -36,6 +37,10 @@ class Surroundings(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Forget a request; it may have ended."""
+        ...
+
+    def let_go(self, program_id: str) -> None:
+        """Keep no pages for a program any more."""
         ...
 
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:
@@ -223,6 +228,7 @@ class Applications:
             for node in program.take_ready(self._program_ms(run, program, now_s)):
                 self._submit(run, program, node, now_s)
             return
+        self._surroundings.let_go(program.id)
         for call_id in program.aborted_calls:
             request_id = f"{run.record.spec.id}/{call_id}"
             if self._calls.pop(request_id, None) is not None:
@@ -240,12 +246,17 @@ class Applications:
         prompt: list[int] = []
         for part in call.parts:
             prompt += self._tokens.text(part.key, part.length) if isinstance(part, Text) else run.outputs[part.call]
+        hints = program.hints(node, started_s=run.created_s[program.id], tenant=spec.tenant)
+        if self._as_requests:
+            hints = replace(hints, may_return=True)
+        else:
+            hints = replace(hints, reuse=program.reuse(node, len(prompt), partial(_length, run.specs, call)))
         request = EngineRequest(
             f"{spec.id}/{call.id}",
             prompt,
             SamplingParams(max_tokens=call.output_len, temperature=0.0),
             salt=spec.tenant,
-            hints=program.hints(node, started_s=run.created_s[program.id], tenant=spec.tenant),
+            hints=hints,
         )
         record = CallRecord(len(prompt), call.output_len, now_s)
         record.shared_tokens = self._infinite_cache.look_up(spec, run.specs, call)
@@ -261,15 +272,28 @@ class Applications:
 
 
 def _wire(call: CallSpec, *, alone: bool = False) -> Call:
-    """A call as a client sends it; of its text only what it reads matters here."""
+    """A call as a client sends it; a text is its key. Alone it is one text, whatever it reads."""
     parts: list[TextPart | VariablePart] = [TextPart(text=call.id)]
     if not alone:
-        parts += [VariablePart(variable=dep) for dep in call.deps]
+        parts = [_wire_part(part) for part in call.parts]
+        read = {part.call for part in call.parts if isinstance(part, Output)}
+        parts += [VariablePart(variable=dep) for dep in call.deps if dep not in read]
     return Call(
         id=call.id,
         output=call.id,
         request=CompletionRequest(prompt=parts, max_tokens=call.output_len, ignore_eos=True),
     )
+
+
+def _wire_part(part: Text | Output) -> TextPart | VariablePart:
+    return TextPart(text=part.key) if isinstance(part, Text) else VariablePart(variable=part.call)
+
+
+def _length(specs: Mapping[str, CallSpec], call: CallSpec, atom: Atom) -> int:
+    """Tokens of a part of a call's prompt."""
+    if atom.kind == "text":
+        return next(part.length for part in call.parts if isinstance(part, Text) and part.key == atom.value)
+    return specs[atom.value].output_len if Output(atom.value) in call.parts else 0
 
 
 def _growth(spec: ProgramSpec, calls: list[CallSpec], *, close: bool) -> ProgramGrowth:

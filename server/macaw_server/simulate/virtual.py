@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from macaw_server.engine.types import EngineRequest
-from macaw_server.kvcache import KVCache
+from macaw_server.kvcache import Eviction, KVCache
 from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepTimeModel, make_policy, step_features
 from macaw_server.scheduler.placement import Placement
 from macaw_server.simulate.applications import Applications
@@ -36,6 +36,7 @@ class SimulationConfig:
         latency_slowdown: See `SchedulerConfig`; None is its default.
         client: Whether clients send programs, or each call by itself.
         rtt_s: Round trip between client and server.
+        eviction: See `KVCache`.
     """
 
     num_engines: int = 1
@@ -48,6 +49,7 @@ class SimulationConfig:
     latency_slowdown: float | None = None
     client: Client = "programs"
     rtt_s: float = 0.0
+    eviction: Eviction = "value"
 
     def scheduler(self, step_time: StepTimeModel) -> Scheduler:
         """The scheduler of one engine."""
@@ -56,7 +58,7 @@ class SimulationConfig:
         )
         if self.latency_slowdown is not None:
             config = replace(config, latency_slowdown=self.latency_slowdown)
-        cache = KVCache(self.num_pages, self.page_size)
+        cache = KVCache(self.num_pages, self.page_size, eviction=self.eviction)
         return Scheduler(config, cache, make_policy(self.policy), step_time=step_time)
 
 
@@ -136,6 +138,11 @@ class Simulation:
             engine.scheduler.abort(request_id)
             if self._placement:
                 self._placement.ended(request, [])
+
+    def let_go(self, program_id: str) -> None:
+        """Keep no pages for a program any more."""
+        for engine in self._engines:
+            engine.scheduler.let_go([program_id])
 
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:
         """Call back when the time has come; equal times in the order of asking."""
