@@ -89,6 +89,16 @@ class EngineHandle(ABC):
         if known and self._status == "running":
             self._send(Abort(known, keep_pages))
 
+    def withdraw(self, request_id: str) -> Entry | None:
+        """Take back a request that waits, for another engine; None if it has begun or ended.
+
+        It may be that it begins right now: then what it does here is not heard of any more.
+        """
+        entry = self._table.take_waiting(request_id)
+        if entry is not None and self._status == "running":
+            self._send(Abort([request_id], keep_pages=True))
+        return entry
+
     def let_go(self, holders: Iterable[str]) -> None:
         """Keep nothing for these any more; an engine that restarts has forgotten them."""
         if self._status == "running":

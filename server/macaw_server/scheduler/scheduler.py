@@ -145,8 +145,9 @@ class Scheduler:
         """
         found = [self._sequences[id_] for id_ in dict.fromkeys(request_ids) if id_ in self._sequences]
         for sequence in sorted(found, key=lambda sequence: sequence.status is SequenceStatus.RUNNING):
+            was_running = sequence.status is SequenceStatus.RUNNING
             self._retire(sequence, keep_pages=keep_pages)  # who waits for pages of another one goes before it
-            if keep_pages and not sequence.is_ahead:
+            if keep_pages and was_running and not sequence.is_ahead:
                 self._retainer.ended(sequence)
 
     def let_go(self, holders: Iterable[str]) -> None:

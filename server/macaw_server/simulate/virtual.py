@@ -173,6 +173,8 @@ class Simulation:
             return
         engine.batch = batch
         for sequence in batch.admitted:
+            if self._placement:
+                self._placement.admitted(sequence.request_id)
             self._applications.started(sequence.request_id, sequence.cached_tokens or 0, now_s)
         step_s = self._step_time.predict(step_features(batch)) / 1000
         self.call_at(now_s + step_s, lambda now_s: self._end_step(engine, batch, now_s))
@@ -199,8 +201,19 @@ class Simulation:
             if self._placement:
                 self._placement.ended(sequence.request, output_ids)
             self._applications.finished(sequence.request_id, output_ids, now_s)
+        if self._placement and finished:
+            self._fill(engine, now_s)
         if engine.scheduler.has_work:
             self._idle_with_work[engine.number] = engine
+
+    def _fill(self, engine: _Engine, now_s: float) -> None:
+        """Give an engine where nobody waits calls that wait elsewhere, where that pays."""
+        assert self._placement is not None
+        for request_id, source, _ in self._placement.moves(engine.number):
+            _, request, first_output = self._requests[request_id]
+            self._engines[source].scheduler.abort(request_id)
+            self._requests[request_id] = engine, request, first_output
+            engine.scheduler.add(request, now_s)
 
 
 @contextmanager
