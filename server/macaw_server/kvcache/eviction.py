@@ -19,9 +19,9 @@ from macaw_server.kvcache.node import PUBLIC, Node
 
 EvictionValue = Callable[[Node], float]
 
-CLAIMED = 8.0
+CLAIMED = 1.0
 """Fills of what a call needs that waits; half of it for each step more until the call."""
-SHARED = 1.0
+SHARED = 0.5
 """Fills of what several programs have used."""
 PRIVATE = -1.0
 """Fills of what one program alone has used, and as far as is known nobody will."""
