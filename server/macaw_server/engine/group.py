@@ -78,6 +78,7 @@ class EngineGroup:
                 self._forget(request_id)
         for i, known in by_member.items():
             self._members[i].abort(known, keep_pages=keep_pages)
+            self._rebalance_soon(i)
 
     def let_go(self, holders: Iterable[str]) -> None:
         """Keep nothing for these any more, in whichever engines something is kept."""

@@ -173,8 +173,11 @@ class Placement:
             return []
         source = max(self._busy, key=lambda engine: (self._work_ms[engine], engine))
         moves = []
+        staying: set[int] = set()  # first blocks
         for request_id in list(itertools.islice(reversed(self._waiting[source]), MAX_PLACED_AGAIN)):
             placed = self._placed[request_id]
+            if not staying.isdisjoint(placed.hashes[:1]):
+                continue  # it may be the one that computes a prefix for those that stay
             holders = self._index.holders(placed.hashes)
             num_blocks = next((num_blocks for num_blocks, engines in holders if target in engines), 0)
             prefill_ms = self._prefill_ms(num_blocks, placed.num_tokens)
@@ -185,6 +188,8 @@ class Placement:
                 self._put(request_id, placed._replace(engine=target, prefill_ms=prefill_ms))
                 self._wait(request_id, target)
                 moves.append(Move(request_id, source, target))
+            else:
+                staying.update(placed.hashes[:1])
         return moves
 
     def admitted(self, request_id: str) -> None:
