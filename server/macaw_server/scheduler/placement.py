@@ -111,6 +111,8 @@ class Move(NamedTuple):
 
 MAX_PLACED_AGAIN = 8
 """Calls that are looked at when an engine runs out of calls that wait."""
+COST_OF_RECOMPUTING = 4.0
+"""How often what is computed again counts: twice as when placing, and what comes behind the call would be there too."""
 MIN_GAIN_MS = 10.0
 """What a move has to save, on top of what is computed again: it takes a message to each of two processes."""
 
@@ -181,8 +183,8 @@ class Placement:
             holders = self._index.holders(placed.hashes)
             num_blocks = next((num_blocks for num_blocks, engines in holders if target in engines), 0)
             prefill_ms = self._prefill_ms(num_blocks, placed.num_tokens)
-            stays_ms = self._work_ms[source] - placed.work_ms + 2 * placed.prefill_ms
-            if stays_ms - (self._work_ms[target] + 2 * prefill_ms) > MIN_GAIN_MS:
+            sooner_ms = self._work_ms[source] - placed.work_ms - self._work_ms[target]
+            if sooner_ms > MIN_GAIN_MS + COST_OF_RECOMPUTING * max(0.0, prefill_ms - placed.prefill_ms):
                 self._work_ms[source] -= placed.work_ms
                 self._wait_no_more(request_id, source)
                 self._put(request_id, placed._replace(engine=target, prefill_ms=prefill_ms))

@@ -228,11 +228,11 @@ class Applications:
             for node in program.take_ready(self._program_ms(run, program, now_s)):
                 self._submit(run, program, node, now_s)
             return
-        self._surroundings.let_go(program.id)
         for call_id in program.aborted_calls:
             request_id = f"{run.record.spec.id}/{call_id}"
             if self._calls.pop(request_id, None) is not None:
                 self._surroundings.abort(request_id)
+        self._surroundings.let_go(program.id)
         if program.error is not None:
             run.record.error = program.error.code
         num_programs = len(run.specs) if self._as_requests else 1
