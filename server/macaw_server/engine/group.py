@@ -114,11 +114,14 @@ class EngineGroup:
         for i in [i for i in self._lost if self._members[i].status == "running"]:
             self._lost.remove(i)
             self._placement.restore(i)
+            self._rebalance_soon(i)
 
     def _rebalance(self) -> None:
         """Give members where nobody waits calls that wait elsewhere, where that pays."""
-        targets, self._to_fill = self._to_fill, set()
         self._look_for_lost()
+        targets, self._to_fill = self._to_fill, set()
+        if self.status != "running":
+            return
         for i in targets:
             for request_id, source, target in self._placement.moves(i):
                 entry = self._members[source].withdraw(request_id)

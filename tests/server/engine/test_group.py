@@ -88,10 +88,14 @@ class ScriptedMember(EngineHandle):
 
     def has(self) -> list[str]:
         """Requests that it was given and that were not taken back."""
-        aborted = {name for message in self.heard if isinstance(message, Abort) for name in message.request_ids}
-        added = [message.request.request_id for message in self.heard if isinstance(message, Add)]
-        assert len(added) == len(set(added)), "twice"
-        return [name for name in added if name not in aborted]
+        held: list[str] = []
+        for message in self.heard:
+            if isinstance(message, Add):
+                assert message.request.request_id not in held, "twice"
+                held.append(message.request.request_id)
+            elif isinstance(message, Abort):
+                held = [name for name in held if name not in message.request_ids]
+        return held
 
     def say(self, *outputs: EngineOutput) -> None:
         self._on_message(Outputs(list(outputs)))
@@ -141,6 +145,22 @@ class TestMoves:
         busy.say(EngineOutput(second, [1], cached_tokens=0))
         await moved(group)
         assert second in busy.has()
+
+    async def test_an_engine_that_is_back_takes_calls_that_wait(self) -> None:
+        group, (alive, dead), collector = await self.start()
+        for i in range(6):
+            collector.submit(request(f"r{i}", [i] * 1000, 100))
+        assert dead.has()
+        dead._status = "restarting"
+        dead.on_lost(dead._table.take_all())  # type: ignore[misc]
+        dead.heard.clear()
+        assert set(alive.has()) == {f"r{i}" for i in range(6)}
+        dead._status = "running"
+        alive.say(EngineOutput(alive.has()[0], [1], cached_tokens=0))
+        await moved(group)
+        back = set(dead.has())
+        assert back
+        assert set(alive.has()) == {f"r{i}" for i in range(6)} - back
 
     async def test_an_abort_finds_a_call_that_has_moved(self) -> None:
         group, (_, idle), collector = await self.start()
