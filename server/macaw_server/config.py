@@ -70,6 +70,10 @@ class EngineConfig(BaseModel):
         default=512, ge=1, description="Token budget of one step: longer prompts are prefilled in chunks."
     )
     policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
+    eviction: Literal["value", "lru"] = Field(
+        default="value",
+        description="Cached prefixes that go first when pages are needed: by who will need them, or by last use.",
+    )
     latency_slowdown: float = Field(
         default=4.0,
         ge=1,

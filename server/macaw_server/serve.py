@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from macaw_server.config import ServerConfig
+from macaw_server.engine.devices import find_gpus, shares
 from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.process import EngineProcess
 from macaw_server.engine.thread import EngineThread
@@ -98,7 +99,14 @@ def make_engine(
     def named(i: int) -> Callable[[str], None]:
         return lambda step: on_loading(f"engine {i}: {step}")
 
-    return EngineGroup([kind(config.engine(), named(i), prefixes) for i in range(config.engines)])
+    if kind is EngineThread:  # all of one process, which sees one set of devices
+        return EngineGroup([kind(config.engine(), named(i), prefixes) for i in range(config.engines)])
+    return EngineGroup(
+        [
+            EngineProcess(share.config, named(i), prefixes, share.visible_gpus)
+            for i, share in enumerate(shares(config.engine(), find_gpus()))
+        ]
+    )
 
 
 async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:

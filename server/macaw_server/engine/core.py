@@ -214,6 +214,10 @@ class EngineCore:
         for request_id in request_ids:
             self._constrained.drop(request_id)
 
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these any more; see `Engine.let_go`."""
+        self._scheduler.let_go(holders)
+
     def step(self) -> list[EngineOutput]:
         """One round: schedule -> run -> postprocess. With overlap the next batch runs before this one is read."""
         begin, forward_s = time.perf_counter(), self._forward_s
@@ -265,7 +269,7 @@ class EngineCore:
             ridge=self.ridge,
             ahead_rows=self._ahead_rows if self._config.ahead_rows is None else self._config.ahead_rows,
         )
-        cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes)
+        cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes, self._config.eviction)
         return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
 
     def _proposer(self, request: EngineRequest) -> Proposer:

@@ -21,7 +21,8 @@ class EngineGroup:
     """An `Engine` over several, all of one model and configuration.
 
     An engine that dies is started again by itself; its requests go on at once on those that are left, with the tokens
-    they have. It gets new ones as soon as it is back. Where none is left they wait for the first to return.
+    they have. It gets new ones as soon as it is back. Where none is left they wait for the first to return. Calls that
+    wait at one engine move to another where nobody waits, when they are done sooner there (`Placement.moves`).
 
     Args:
         members: Not started.
@@ -32,6 +33,7 @@ class EngineGroup:
         self._placer: Placement | None = None
         self._lost: set[int] = set()
         self._placed: dict[str, tuple[int, EngineRequest]] = {}
+        self._to_fill: set[int] = set()  # members that may have run out of calls that wait
         for i, member in enumerate(self._members):
             member.on_lost = self._on_lost(i)
 
@@ -76,6 +78,13 @@ class EngineGroup:
                 self._forget(request_id)
         for i, known in by_member.items():
             self._members[i].abort(known, keep_pages=keep_pages)
+            self._rebalance_soon(i)
+
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these any more, in whichever engines something is kept."""
+        known = list(holders)
+        for member in self._members:
+            member.let_go(known)
 
     async def stats(self) -> EngineStats:
         """The counters of all together."""
@@ -94,12 +103,37 @@ class EngineGroup:
         return self._placer
 
     def _send(self, entry: Entry) -> None:
+        self._look_for_lost()
+        i = self._waiting_place() if len(self._lost) == len(self._members) else self._placement.place(entry.request)
+        self._placed[entry.request.request_id] = i, entry.request
+        if entry.started:
+            self._placement.admitted(entry.request.request_id)
+        self._members[i].adopt(entry)
+
+    def _look_for_lost(self) -> None:
         for i in [i for i in self._lost if self._members[i].status == "running"]:
             self._lost.remove(i)
             self._placement.restore(i)
-        i = self._waiting_place() if len(self._lost) == len(self._members) else self._placement.place(entry.request)
-        self._placed[entry.request.request_id] = i, entry.request
-        self._members[i].adopt(entry)
+            self._rebalance_soon(i)
+
+    def _rebalance(self) -> None:
+        """Give members where nobody waits calls that wait elsewhere, where that pays."""
+        self._look_for_lost()
+        targets, self._to_fill = self._to_fill, set()
+        if self.status != "running":
+            return
+        for i in targets:
+            for request_id, source, target in self._placement.moves(i):
+                entry = self._members[source].withdraw(request_id)
+                assert entry is not None, f"{request_id} does not wait at engine {source}"
+                self._placed[request_id] = target, entry.request
+                self._members[target].adopt(entry)
+
+    def _rebalance_soon(self, i: int) -> None:
+        """After all that has been said by now is heard: who has begun does not move."""
+        if not self._to_fill:
+            asyncio.get_running_loop().call_soon(self._rebalance)
+        self._to_fill.add(i)
 
     def _waiting_place(self) -> int:
         """Where to wait while none is there: with one that will be back, if any."""
@@ -108,10 +142,15 @@ class EngineGroup:
 
     def _noting(self, request: EngineRequest, on_output: OnOutput) -> OnOutput:
         def noting(output: EngineOutput) -> None:
+            member = self._placed.get(output.request_id)
+            if output.cached_tokens is not None:
+                self._placement.admitted(output.request_id)
             if output.token_ids:
                 self._placement.started(output.request_id)
-            if output.finish_reason is not None or output.error is not None:
+            if ends := output.finish_reason is not None or output.error is not None:
                 self._forget(request.request_id)
+            if member is not None and (ends or output.cached_tokens is not None):
+                self._rebalance_soon(member[0])
             on_output(output)
 
         return noting

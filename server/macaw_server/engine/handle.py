@@ -9,7 +9,7 @@ from typing import Literal
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.inflight import Entry, InflightTable, OnOutput
-from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, Outbound, Outputs, Stats
+from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, LetGo, Outbound, Outputs, Stats
 from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats, PublicPrefixes
 
 Status = Literal["starting", "running", "restarting", "failed", "stopped"]
@@ -88,6 +88,21 @@ class EngineHandle(ABC):
         known = [request_id for request_id in request_ids if self._table.remove(request_id)]
         if known and self._status == "running":
             self._send(Abort(known, keep_pages))
+
+    def withdraw(self, request_id: str) -> Entry | None:
+        """Take back a request that waits, for another engine; None if it has begun or ended.
+
+        It may be that it begins right now: then what it does here is not heard of any more.
+        """
+        entry = self._table.take_waiting(request_id)
+        if entry is not None and self._status == "running":
+            self._send(Abort([request_id], keep_pages=True))
+        return entry
+
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these any more; an engine that restarts has forgotten them."""
+        if self._status == "running":
+            self._send(LetGo(list(holders)))
 
     async def stats(self) -> EngineStats:
         """The engine's counters; the last ones known while it is not running."""

@@ -46,6 +46,13 @@ class InflightTable:
         entries, self._entries = list(self._entries.values()), {}
         return entries
 
+    def take_waiting(self, request_id: str) -> Entry | None:
+        """Hand over a request of which nobody has heard that it entered a batch; None if somebody has."""
+        entry = self._entries.get(request_id)
+        if entry is None or entry.started:
+            return None
+        return self._entries.pop(request_id)
+
     def remove(self, request_id: str) -> bool:
         """Forget a request; whether it was there."""
         return self._entries.pop(request_id, None) is not None

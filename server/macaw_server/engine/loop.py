@@ -28,6 +28,12 @@ class Abort(NamedTuple):
     keep_pages: bool
 
 
+class LetGo(NamedTuple):
+    """Keep nothing for these programs and requests any more."""
+
+    holders: list[str]
+
+
 class GetStats(NamedTuple):
     """Ask for a `Stats` message."""
 
@@ -66,7 +72,7 @@ class Stats(NamedTuple):
     stats: EngineStats
 
 
-Inbound = Add | Abort | GetStats | Stop
+Inbound = Add | Abort | LetGo | GetStats | Stop
 Outbound = Loading | Ready | LoadFailed | Outputs | Stats
 
 
@@ -81,6 +87,8 @@ def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outb
                         send(Outputs([refused]))
                 case Abort(request_ids, keep_pages):
                     core.abort(request_ids, keep_pages=keep_pages)
+                case LetGo(holders):
+                    core.let_go(holders)
                 case GetStats():
                     send(Stats(core.stats()))
                 case Stop():

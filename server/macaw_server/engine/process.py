@@ -30,8 +30,12 @@ STOP_TIMEOUT_S = 5.0
 """How long a stopped engine may finish its step before it is killed."""
 
 
-def _worker(config: EngineConfig, pipe: Connection, seat: Seat, *, public_prefixes: PublicPrefixes) -> None:
+def _worker(
+    config: EngineConfig, pipe: Connection, seat: Seat, *, public_prefixes: PublicPrefixes, visible_gpus: str | None
+) -> None:
     """Main function of each of the engine's processes."""
+    if visible_gpus is not None:  # CUDA reads it once, when it is first used
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the server decides when we stop
     several = config.tensor_parallel_size > 1
     name = f"engine rank {seat.rank}" if several else "engine"
@@ -77,15 +81,20 @@ def _worker(config: EngineConfig, pipe: Connection, seat: Seat, *, public_prefix
 
 
 class EngineProcess(EngineHandle):
-    """An `Engine` in a supervised process, or in one for each rank; see `EngineHandle`."""
+    """An `Engine` in a supervised process, or in one for each rank; see `EngineHandle`.
+
+    `visible_gpus` is the value of ``CUDA_VISIBLE_DEVICES`` for its processes, if they are to have one of their own.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         on_loading: Callable[[str], None] = lambda _: None,
         public_prefixes: PublicPrefixes = (),
+        visible_gpus: str | None = None,
     ) -> None:
         super().__init__(config, on_loading, public_prefixes)
+        self._visible_gpus = visible_gpus
         self._ranks: Ranks | None = None
         self._burial: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -136,7 +145,8 @@ class EngineProcess(EngineHandle):
         # Threads that spin while they wait for each other starve on a core that the HTTP side needs too; OpenMP
         # reads this once, when the child imports torch.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self._ranks = Ranks(partial(_worker, public_prefixes=self._public_prefixes), self._config)
+        worker = partial(_worker, public_prefixes=self._public_prefixes, visible_gpus=self._visible_gpus)
+        self._ranks = Ranks(worker, self._config)
         for _, pipe in self._ranks.members:
             args = (self._ranks, pipe, asyncio.get_running_loop())
             threading.Thread(target=self._read, args=args, name="engine-outbox", daemon=True).start()

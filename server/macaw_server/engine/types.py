@@ -23,6 +23,18 @@ class CallClass(IntEnum):
     """Work that nobody may ever need: it takes what the others leave."""
 
 
+class Reuse(NamedTuple):
+    """A prefix of a call's prompt and answer with which a call to come of its program begins.
+
+    Attributes:
+        num_tokens: About how long; None is all of both.
+        steps: Calls until that one.
+    """
+
+    num_tokens: int | None
+    steps: int
+
+
 @dataclass(frozen=True, slots=True)
 class CallHints:
     """What the scheduler knows of a request's application.
@@ -39,6 +51,8 @@ class CallHints:
             may grow or nothing is known.
         path_tokens: The same on the longest path from this call on, this one included.
         deadline_s: When its program's answer is worthless; same clock as `arrival_s`.
+        reuse: What its program will need again; that is kept as long as possible, until `Engine.let_go`.
+        may_return: Whether nobody can tell if it will be gone on from, as with a request without a program.
     """
 
     program_id: str = ""
@@ -51,6 +65,8 @@ class CallHints:
     work_tokens: float | None = None
     path_tokens: float | None = None
     deadline_s: float = math.inf
+    reuse: tuple[Reuse, ...] = ()
+    may_return: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +259,13 @@ class Engine(Protocol):
             request_ids: Whose.
             keep_pages: They came to their end in another way than by their tokens (a stop string): what they have
                 computed stays in the cache. Otherwise they are cancelled, and pages that only they use are free.
+        """
+        ...
+
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these any more: programs that have ended, and requests of class AHEAD (`CallHints.reuse`).
+
+        Unknown ones are nothing to do.
         """
         ...
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from macaw_server.kvcache.eviction import by_value, least_recently_used
+from macaw_server.kvcache.node import NO_USE, PUBLIC, Node, Use
 from macaw_server.kvcache.page_pool import PagePool
 from macaw_server.kvcache.public import PublicPrefixes
-from macaw_server.kvcache.radix_tree import PUBLIC, Node, RadixTree
+from macaw_server.kvcache.radix_tree import RadixTree
+from macaw_server.kvcache.retention import Retention
+
+Eviction = Literal["value", "lru"]
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +29,7 @@ class Allocation:
         num_cached: Tokens found in the cache at admission.
         num_tree_pages: See `block_table`.
         node: End of the locked path.
+        use: Who uses them.
         salt: Of its pages behind the first `num_public`.
         num_public: Pages from the front of its prompt that are declared text.
         later: Tokens of full pages that get into the tree when the declared text before them is computed.
@@ -35,6 +41,7 @@ class Allocation:
     num_cached: int
     num_tree_pages: int
     node: Node
+    use: Use
     salt: str
     num_public: int
     later: list[int]
@@ -66,13 +73,24 @@ class KVCache:
         page_size: Tokens per page.
         public_prefixes: Tokens of the texts that the operator has declared public; their pages are found by all
             tenants.
+        eviction: Order in which cached pages go when others are needed: by ``value``, or the least recently used.
+
+    Attributes:
+        retention: Claims on prefixes; None where recency is all that counts.
     """
 
-    def __init__(self, num_pages: int, page_size: int, public_prefixes: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        public_prefixes: Sequence[Sequence[int]] = (),
+        eviction: Eviction = "value",
+    ) -> None:
         self.page_size = page_size
         self.public = PublicPrefixes(public_prefixes, page_size)
         self.pool = PagePool(num_pages)
-        self.tree = RadixTree(page_size)
+        self.tree = RadixTree(page_size, by_value(num_pages) if eviction == "value" else least_recently_used)
+        self.retention = Retention(self.tree) if eviction == "value" else None
         self.num_evicted = 0
         self._live: dict[str, Allocation] = {}
 
@@ -87,7 +105,7 @@ class KVCache:
         return self.pool.num_free + self.tree.num_evictable
 
     def admit(
-        self, request_id: str, token_ids: list[int], salt: str = "", *, reserve: int = 0
+        self, request_id: str, token_ids: list[int], salt: str = "", *, reserve: int = 0, use: Use = NO_USE
     ) -> Allocation | Blocked | None:
         """Find the cached prefix and allocate pages for the rest of the tokens, all or nothing.
 
@@ -99,6 +117,7 @@ class KVCache:
             token_ids: At least one.
             salt: Namespace of the tenant.
             reserve: Pages that must be available afterwards.
+            use: Whose the request is.
 
         Returns:
             None if there are not enough pages, and `Blocked` if another request is computing part of the
@@ -109,7 +128,7 @@ class KVCache:
         match = self.tree.match_prefix(token_ids, salt, (len(token_ids) - 1) // self.page_size, num_public)
         if match.owner is not None:
             return Blocked(match.owner, len(match.pages))
-        node = self.tree.lock(match)
+        node = self.tree.lock(match, use)
         num_cached = len(match.pages)
         num_new = -(-len(token_ids) // self.page_size) - num_cached
         if not self._make_room(num_new, reserve):
@@ -125,6 +144,7 @@ class KVCache:
             token_ids[num_cached * self.page_size : stop * self.page_size],
             new_pages[: stop - num_cached],
             request_id,
+            use,
         )
         allocation = Allocation(
             request_id=request_id,
@@ -133,6 +153,7 @@ class KVCache:
             num_cached=num_cached * self.page_size,
             num_tree_pages=num_cached if leaf is node else stop,
             node=leaf,
+            use=use,
             salt=salt,
             num_public=num_public,
             later=[] if leaf is node else token_ids[stop * self.page_size : num_full * self.page_size],
@@ -148,6 +169,25 @@ class KVCache:
             return False
         self.tree.touch(match.node)
         return True
+
+    def claim(
+        self, holder: str, token_ids: list[int], salt: str, *, num_tokens: int, steps: float, number: int = 0
+    ) -> None:
+        """Note who will need these tokens, as far as they are cached; see `Retention.claim`.
+
+        Args:
+            holder: Who.
+            token_ids: Of a request.
+            salt: Of its tenant.
+            num_tokens: How many of them, from the front.
+            steps: Calls until then.
+            number: Of the call that says so.
+        """
+        assert self.retention is not None, "claims mean nothing to a cache that evicts by recency"
+        num_public = self.public.num_pages(token_ids)
+        match = self.tree.match_prefix(token_ids, salt, num_tokens // self.page_size, num_public)
+        if match.pages:
+            self.retention.claim(holder, self.tree.end_of(match), steps, number)
 
     def extend(self, allocation: Allocation) -> bool:
         """Add one page for decoding; False if none is available."""
@@ -188,7 +228,8 @@ class KVCache:
         if allocation.later and allocation.node.owner is None:
             first, tokens = allocation.num_tree_pages, allocation.later
             pages = allocation.block_table[first : first + len(tokens) // self.page_size]
-            leaf = self.tree.insert_pending(allocation.node, allocation.salt, tokens, pages, allocation.request_id)
+            owner, use = allocation.request_id, allocation.use
+            leaf = self.tree.insert_pending(allocation.node, allocation.salt, tokens, pages, owner, use)
             allocation.later = []
             if leaf is not allocation.node:
                 allocation.node, allocation.num_tree_pages = leaf, first + len(pages)
@@ -215,7 +256,8 @@ class KVCache:
             start = allocation.num_tree_pages * size
             tokens = token_ids[start : start + num_kept * size]
             num_public = max(0, allocation.num_public - allocation.num_tree_pages)
-            unused = self.tree.insert(node, allocation.salt, tokens, private[:num_kept], num_public)
+            use = allocation.use
+            unused = self.tree.insert(node, allocation.salt, tokens, private[:num_kept], num_public, use)
             private = private[num_kept:] + unused
         self.pool.free(private)
         if insert_into_tree:
@@ -251,6 +293,8 @@ class KVCache:
             unlocked += 0 if node.lock_count else len(node.pages)
         held.update(page for page in range(self.num_pages) if self.pool.is_free(page))
         assert held == Counter(range(self.num_pages)), f"pages held {held}, there are {self.num_pages}"
+        if self.retention is not None:
+            self.retention.check()
         assert unlocked == self.tree.num_evictable, f"{unlocked} pages unlocked, {self.tree.num_evictable} counted"
 
     def _make_room(self, num_pages: int, reserve: int) -> bool:

@@ -16,70 +16,12 @@ gets past them.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
 
-PageKey = tuple[str | int | None, ...]
-"""A salt, and the tokens of one page."""
-PUBLIC = None
-"""The salt of declared text."""
+from macaw_server.kvcache.eviction import EvictionQueue, EvictionValue, least_recently_used
+from macaw_server.kvcache.node import NO_USE, PUBLIC, Match, Node, PageKey, Use
 
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """A run of pages below one parent.
-
-    Attributes:
-        salt: The tenant's namespace, or `PUBLIC`.
-        parent: None for a root, which has no pages.
-        tokens: Tokens of the run, ``len(pages) * page_size`` of them.
-        pages: Page numbers, owned by the tree.
-        num_ready: Pages from the front whose K/V is there for any chunk scheduled from now on.
-        owner: The request that computes the rest; None when all are ready.
-        children: By their salt, and the tokens of their first page.
-        lock_count: Live requests whose path goes through here; the node stays while it is not 0.
-        num_users: Requests whose path went through here, without those that were cancelled.
-        last_access: Logical time of the last use.
-        queued: Whether the node has an entry in the eviction heap.
-    """
-
-    salt: str | None
-    parent: Node | None = None
-    tokens: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    num_ready: int = 0
-    owner: str | None = None
-    children: dict[PageKey, Node] = field(default_factory=dict)
-    lock_count: int = 0
-    num_users: int = 0
-    last_access: int = 0
-    queued: bool = False
-
-
-class Match(NamedTuple):
-    """The longest path for some tokens.
-
-    Attributes:
-        node: Where it ends; a root if nothing was found.
-        num_in_node: How many of that node's pages belong to it.
-        pages: All pages of the path.
-    """
-
-    node: Node
-    num_in_node: int
-    pages: list[int]
-
-    @property
-    def owner(self) -> str | None:
-        """Whom to wait for: the request that still computes pages of the path, if any."""
-        return self.node.owner if self.num_in_node > self.node.num_ready else None
-
-
-def least_recently_used(node: Node) -> int:
-    """The default eviction value."""
-    return node.last_access
+__all__ = ["PUBLIC", "Match", "Node", "RadixTree"]
 
 
 class RadixTree:
@@ -88,20 +30,18 @@ class RadixTree:
     Args:
         page_size: Tokens per page.
         eviction_value: The leaf with the smallest value is evicted first. A value that rises while its node
-            rests is seen at the next eviction, one that falls when the node is next unlocked.
+            rests is seen at the next eviction, one that falls when the node is next unlocked, or loses a claim.
     """
 
-    def __init__(self, page_size: int, eviction_value: Callable[[Node], float] = least_recently_used) -> None:
+    def __init__(self, page_size: int, eviction_value: EvictionValue = least_recently_used) -> None:
         if page_size < 1:
             raise ValueError(f"A page of {page_size} tokens cannot hold one; use a page size of at least 1.")
         self.page_size = page_size
         self.num_pages = 0
         self.num_evictable = 0
-        self._eviction_value = eviction_value
+        self._evictable = EvictionQueue(eviction_value)
         self._roots: dict[str | None, Node] = {}
         self._clock = 0
-        self._heap: list[tuple[float, int, Node]] = []
-        self._num_queued = 0  # breaks ties in the heap
 
     # -- finding and holding ---------------------------------------------------------------------------------
 
@@ -128,7 +68,7 @@ class RadixTree:
             node = child
         return Match(node, num_in_node, pages)
 
-    def lock(self, match: Match) -> Node:
+    def lock(self, match: Match, use: Use = NO_USE) -> Node:
         """Hold the path of a match whose pages are all ready; returns the node to give to `unlock`."""
         node = match.node
         assert match.num_in_node <= node.num_ready, f"{match.num_in_node} pages locked, {node.num_ready} are ready"
@@ -139,6 +79,7 @@ class RadixTree:
                 self.num_evictable -= len(ancestor.pages)
             ancestor.lock_count += 1
             ancestor.num_users += 1
+            ancestor.note(use)
             if ancestor.parent is None:
                 self._roots.setdefault(ancestor.salt, ancestor)
         self.touch(node)
@@ -165,9 +106,37 @@ class RadixTree:
                 self.num_evictable += len(ancestor.pages)
                 self._settle(ancestor)
 
+    # -- claims ----------------------------------------------------------------------------------------------
+
+    def end_of(self, match: Match) -> Node:
+        """The node at which the ready part of a match ends; splits what reaches further."""
+        num_pages = min(match.num_in_node, match.node.num_ready)
+        if num_pages == len(match.node.pages):
+            return match.node
+        if num_pages:
+            return self._split(match.node, num_pages)
+        assert match.node.parent is not None
+        return match.node.parent
+
+    def claim(self, node: Node, steps: float) -> None:
+        """Somebody will need the path in so many steps."""
+        for ancestor in self.path(node):
+            ancestor.claims[steps] = ancestor.claims.get(steps, 0) + 1
+
+    def unclaim(self, node: Node, steps: float) -> None:
+        """Take back a claim; what has been evicted meanwhile is nothing to do."""
+        for ancestor in self.path(node):
+            if ancestor.claims[steps] > 1:
+                ancestor.claims[steps] -= 1
+                continue
+            del ancestor.claims[steps]
+            self._evictable.worth_less(ancestor)
+
     # -- growing ---------------------------------------------------------------------------------------------
 
-    def insert_pending(self, node: Node, salt: str | None, tokens: list[int], pages: list[int], owner: str) -> Node:
+    def insert_pending(
+        self, node: Node, salt: str | None, tokens: list[int], pages: list[int], owner: str, use: Use = NO_USE
+    ) -> Node:
         """Add pages that `owner`, who has locked `node`, is about to compute; its lock moves to the result.
 
         Nothing is added (and `node` returned) when `pages` is empty or its first page is already there: the
@@ -175,7 +144,7 @@ class RadixTree:
         """
         if not pages or self._key(salt, tokens, 0) in node.children:
             return node
-        child = self._add_child(node, salt, tokens, pages, num_ready=0)
+        child = self._add_child(node, salt, tokens, pages, use, num_ready=0)
         child.owner, child.lock_count, child.last_access = owner, 1, node.last_access
         return child
 
@@ -188,7 +157,15 @@ class RadixTree:
         if num_ready == len(node.pages):
             node.owner = None
 
-    def insert(self, node: Node, salt: str, tokens: list[int], pages: list[int], num_public: int = 0) -> list[int]:
+    def insert(
+        self,
+        node: Node,
+        salt: str,
+        tokens: list[int],
+        pages: list[int],
+        num_public: int = 0,
+        use: Use = NO_USE,
+    ) -> list[int]:
         """Add computed pages below `node`; returns those the tree has no use for, which stay the caller's.
 
         These are duplicates of pages that it holds, and all pages behind one that another request is
@@ -201,7 +178,7 @@ class RadixTree:
             child = node.children.get(self._key(at, tokens, done))
             if child is None:
                 run = tokens[done * self.page_size : stop * self.page_size]
-                child = self._add_child(node, at, run, pages[done:stop])
+                child = self._add_child(node, at, run, pages[done:stop], use)
                 self.num_evictable += len(child.pages)
                 self.touch(child)
                 done = stop
@@ -214,6 +191,7 @@ class RadixTree:
                 if common < len(child.pages):
                     child = self._split(child, common)
                 child.num_users += 1
+                child.note(use)
             node = child
         self._settle(node)
         return unused
@@ -248,7 +226,7 @@ class RadixTree:
         """
         dropped: list[int] = []
         start = sum(len(ancestor.pages) for ancestor in self.path(node))
-        while node.lock_count == 1 and not node.children and not node.num_users:
+        while node.lock_count == 1 and not (node.children or node.num_users or node.claims):
             start -= len(node.pages)
             stays = max(0, num_kept - start)
             if stays >= len(node.pages):
@@ -263,14 +241,7 @@ class RadixTree:
     def evict(self, n: int) -> list[int]:
         """Take out up to `n` pages: smallest value first, a leaf from its end; O(log nodes) per leaf."""
         evicted: list[int] = []
-        while len(evicted) < n and self._heap:
-            value, _, node = heapq.heappop(self._heap)
-            node.queued = False
-            if node.lock_count or node.children or not node.pages:
-                continue  # settles again when that changes
-            if (now := self._eviction_value(node)) > value:
-                self._enqueue(node, now)
-                continue
+        while len(evicted) < n and (node := self._evictable.pop()) is not None:
             pages = self._cut(node, max(0, len(node.pages) - (n - len(evicted))))
             self.num_evictable -= len(pages)
             evicted += pages
@@ -325,13 +296,22 @@ class RadixTree:
         return same
 
     def _add_child(
-        self, node: Node, salt: str | None, tokens: list[int], pages: list[int], num_ready: int | None = None
+        self,
+        node: Node,
+        salt: str | None,
+        tokens: list[int],
+        pages: list[int],
+        use: Use,
+        num_ready: int | None = None,
     ) -> Node:
         assert len(tokens) == len(pages) * self.page_size, f"{len(tokens)} tokens for {len(pages)} pages"
         assert node.salt in (PUBLIC, salt), f"a node of {salt!r} below one of {node.salt!r}"
-        child = Node(salt, node, tokens, pages, len(pages) if num_ready is None else num_ready, num_users=1)
+        num_ready = len(pages) if num_ready is None else num_ready
+        child = Node(salt, node, tokens, pages, num_ready, num_users=1)
+        child.note(use)
         node.children[self._key(salt, tokens, 0)] = child
         self.num_pages += len(pages)
+        self._clock += len(pages)
         return child
 
     def _split(self, node: Node, num_pages: int) -> Node:
@@ -347,8 +327,12 @@ class RadixTree:
             num_pages,
             lock_count=node.lock_count,
             num_users=node.num_users,
+            user=node.user,
+            is_shared=node.is_shared,
+            may_return=node.may_return,
+            last_access=node.last_access,
+            claims=dict(node.claims),
         )
-        upper.last_access = node.last_access
         parent.children[self._key(node.salt, node.tokens, 0)] = upper
         node.parent, node.num_ready = upper, node.num_ready - num_pages
         del node.tokens[:cut], node.pages[:num_pages]
@@ -373,10 +357,5 @@ class RadixTree:
             return
         if node.parent is None:
             self._roots.pop(node.salt, None)
-        elif node.pages and not node.queued:
-            self._enqueue(node, self._eviction_value(node))
-
-    def _enqueue(self, node: Node, value: float) -> None:
-        node.queued = True
-        self._num_queued += 1
-        heapq.heappush(self._heap, (value, self._num_queued, node))
+        elif node.pages:
+            self._evictable.push(node)

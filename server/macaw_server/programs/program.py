@@ -7,6 +7,7 @@ that every report gives back. `now_ms` is always the time since the program was 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -28,13 +29,17 @@ from macaw.protocol import (
     Transform,
     VariableResolved,
 )
-from macaw_server.engine.types import CallClass, CallHints
+from macaw_server.engine.types import CallClass, CallHints, Reuse
 
 from .ahead import SENTINEL, partial_value
 from .calls import Ahead, CallNode, Slack, error_body
 from .dataflow import CallDoomed, CallReady, Dataflow, Effect, Failure, VariableSettled
 from .graph import Graph
+from .leads import Atom, Leads, answer_atoms, prompt_atoms
 from .objectives import deduce, output_tokens
+
+STEPS_TO_UNKNOWN = 3
+"""Calls until a program that may grow goes on from an answer, if it does."""
 
 
 class Program:
@@ -87,6 +92,7 @@ class Program:
         self._unsettled: set[str] = set()  # targets without an outcome
         self._ready: list[tuple[CallClass, int, str]] = []  # a heap
         self._running: dict[str, None] = {}
+        self._leads = Leads()
         self._unfinished: dict[str, None] = {}  # calls, producers before consumers
         self._work_tokens = 0  # what these may answer
         self._ended_ms: float | None = None
@@ -175,6 +181,7 @@ class Program:
         while self._ready and (limit is None or len(self._running) < limit):
             node = self.calls[heapq.heappop(self._ready)[2]]
             node.status = "running"
+            self._leads.remove(node.call.id)
             self._running[node.call.id] = None
             taken.append(node)
         return taken
@@ -200,7 +207,30 @@ class Program:
             work_tokens=None if unknown else self._work_tokens,
             path_tokens=None if unknown else node.path_tokens,
             deadline_s=started_s + node.deadline_ms / 1000,
+            may_return=self._plain,
         )
+
+    def reuse(self, node: CallNode, num_tokens: int, length: Callable[[Atom], int]) -> tuple[Reuse, ...]:
+        """What calls to come have in common with the prompt and the answer of one that was handed out.
+
+        A program that may grow may need all of it; how soon nobody knows.
+
+        Args:
+            node: The call.
+            num_tokens: Of its prompt.
+            length: Of a part of the prompt, in whatever unit: tokens are counted by the share in the whole.
+        """
+        atoms = prompt_atoms(node.call)
+        num_whole = len(atoms) + len(answer_atoms(node.call))
+        found = []
+        if leads := self._leads.of(node.call, node.depth):
+            ends = list(itertools.accumulate(map(length, atoms)))
+            for num_atoms, steps in leads:
+                part = ends[min(num_atoms, len(atoms)) - 1] * num_tokens // max(1, ends[-1])
+                found.append(Reuse(None if num_atoms == num_whole else part, steps))
+        if self._open:
+            found.append(Reuse(None, STEPS_TO_UNKNOWN))
+        return tuple(found)
 
     def values(self, node: CallNode) -> dict[str, str]:
         """The values of the variables in the prompt of a call that was handed out."""
@@ -361,6 +391,9 @@ class Program:
         for call_id, objective in deduce(self._graph, self._unfinished).items():
             node = self.calls[call_id]
             node.call_class, node.depth, node.group, node.path_tokens, node.deadline_ms = objective
+        if not self._plain:
+            for call in growth.calls:
+                self._leads.add(call, self.calls[call.id].depth)
         self._ready = [self._heap_entry(call_id) for *_, call_id in self._ready]
         heapq.heapify(self._ready)
         effects = self._flow.add(growth.variables, new)
@@ -427,6 +460,7 @@ class Program:
 
     def _finish(self, node: CallNode) -> None:
         del self._unfinished[node.call.id]
+        self._leads.remove(node.call.id)
         self._work_tokens -= output_tokens(node.call)
 
     def _emit(self, event: AnyEvent) -> Event:

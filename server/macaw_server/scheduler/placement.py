@@ -7,10 +7,14 @@ So a call goes where its prefix is, unless it would wait there for longer than t
 Task groups need no rule of their own: each member that is placed adds to its engine's work, so a group stays together
 as long as its shared prefix costs more to compute again than the members that are there, and spreads when it costs
 less. A consumer finds its producer's pages like any other prefix.
+
+A placement is a guess of how long things take. So when nobody waits at an engine any more, calls that wait at the one
+with the most work are looked at again, the last ones first, and move if that pays.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -89,6 +93,28 @@ class _Placed(NamedTuple):
     engine: int
     prefill_ms: float
     decode_ms: float
+    hashes: list[int]
+    num_tokens: int
+
+    @property
+    def work_ms(self) -> float:
+        return self.prefill_ms + self.decode_ms
+
+
+class Move(NamedTuple):
+    """A call that another engine should run."""
+
+    request_id: str
+    source: int
+    target: int
+
+
+MAX_PLACED_AGAIN = 8
+"""Calls that are looked at when an engine runs out of calls that wait."""
+COST_OF_RECOMPUTING = 4.0
+"""How often what is computed again counts: twice as when placing, and what comes behind the call would be there too."""
+MIN_GAIN_MS = 10.0
+"""What a move has to save, on top of what is computed again: it takes a message to each of two processes."""
 
 
 class Placement:
@@ -111,6 +137,8 @@ class Placement:
         self._work_ms = [0.0] * num_engines
         self._alive = set(range(num_engines))
         self._placed: dict[str, _Placed] = {}
+        self._waiting: list[dict[str, None]] = [{} for _ in range(num_engines)]  # in the order of placing
+        self._busy: set[int] = set()  # engines where somebody waits
         self._mean_output = 64.0
 
     @property
@@ -126,24 +154,50 @@ class Placement:
         """
         if not self._alive:
             raise RuntimeError("No engine is alive; restore one before placing requests.")
-        costs, num_tokens = self._step_time.coefficients, len(request.prompt_ids) + len(request.output_ids)
-        hashes = self._index.hashes(request.prompt_ids, request.salt)
-        best: list[tuple[float, float, int]] = []
-        num_left = len(self._alive)
-        for num_blocks, engines in (*self._index.holders(hashes), (0, self._alive)):
-            if num_left == 0:
-                break
-            num_left -= len(engines)
-            engine = min(engines, key=self._work_ms.__getitem__)
-            prefill_ms = _prefill_ms(costs, num_blocks * self._index.block_size, num_tokens)
-            best.append((self._work_ms[engine] + 2 * prefill_ms, prefill_ms, engine))
-        _, prefill_ms, engine = min(best)
+        hashes, num_tokens = self._index.hashes(request.prompt_ids, request.salt), len(request.prompt_ids)
+        num_tokens += len(request.output_ids)
+        _, prefill_ms, engine = min(self._options(hashes, num_tokens))
+        costs = self._step_time.coefficients
         num_outputs = min(request.sampling.max_tokens, self._mean_output)
         decode_ms = num_outputs * (costs.token + costs.sample + (costs.kv_token + costs.score) * num_tokens)
-        self._placed[request.request_id] = _Placed(engine, prefill_ms, decode_ms)
-        self._work_ms[engine] += prefill_ms + decode_ms
-        self._index.insert(hashes, engine)
+        self._put(request.request_id, _Placed(engine, prefill_ms, decode_ms, hashes, num_tokens))
+        if not request.prefill_only:
+            self._wait(request.request_id, engine)
         return engine
+
+    def moves(self, target: int) -> list[Move]:
+        """Calls that are done sooner at an engine where nobody waits.
+
+        The caller moves them; they count as placed there from now on. Takes the time of placing `MAX_PLACED_AGAIN`
+        calls at most, and none where somebody waits there, or nobody elsewhere.
+        """
+        if self._waiting[target] or not self._busy or target not in self._alive:
+            return []
+        source = max(self._busy, key=lambda engine: (self._work_ms[engine], engine))
+        moves = []
+        staying: set[int] = set()  # first blocks
+        for request_id in list(itertools.islice(reversed(self._waiting[source]), MAX_PLACED_AGAIN)):
+            placed = self._placed[request_id]
+            if not staying.isdisjoint(placed.hashes[:1]):
+                continue  # it may be the one that computes a prefix for those that stay
+            holders = self._index.holders(placed.hashes)
+            num_blocks = next((num_blocks for num_blocks, engines in holders if target in engines), 0)
+            prefill_ms = self._prefill_ms(num_blocks, placed.num_tokens)
+            sooner_ms = self._work_ms[source] - placed.work_ms - self._work_ms[target]
+            if sooner_ms > MIN_GAIN_MS + COST_OF_RECOMPUTING * max(0.0, prefill_ms - placed.prefill_ms):
+                self._work_ms[source] -= placed.work_ms
+                self._wait_no_more(request_id, source)
+                self._put(request_id, placed._replace(engine=target, prefill_ms=prefill_ms))
+                self._wait(request_id, target)
+                moves.append(Move(request_id, source, target))
+            else:
+                staying.update(placed.hashes[:1])
+        return moves
+
+    def admitted(self, request_id: str) -> None:
+        """A request has entered a batch: it waits no more."""
+        if (placed := self._placed.get(request_id)) is not None:
+            self._wait_no_more(request_id, placed.engine)
 
     def started(self, request_id: str) -> None:
         """A request has its first token: its prompt is computed."""
@@ -156,7 +210,8 @@ class Placement:
         placed = self._placed.pop(request.request_id, None)
         if placed is None:
             return
-        self._work_ms[placed.engine] -= placed.prefill_ms + placed.decode_ms
+        self._wait_no_more(request.request_id, placed.engine)
+        self._work_ms[placed.engine] -= placed.work_ms
         self._mean_output += (len(output_ids) - self._mean_output) / 64
         self._index.insert(self._index.hashes([*request.prompt_ids, *output_ids], request.salt), placed.engine)
 
@@ -165,6 +220,8 @@ class Placement:
         self._alive.discard(engine)
         self._index.clear(engine)
         self._work_ms[engine] = 0.0
+        self._waiting[engine].clear()
+        self._busy.discard(engine)
         lost = [request_id for request_id, placed in self._placed.items() if placed.engine == engine]
         for request_id in lost:
             del self._placed[request_id]
@@ -173,6 +230,34 @@ class Placement:
     def restore(self, engine: int) -> None:
         """An engine is there again, with an empty cache."""
         self._alive.add(engine)
+
+    def _options(self, hashes: Seq[int], num_tokens: int) -> Iterator[tuple[float, float, int]]:
+        """The best engine for each length of the prefix that engines hold: when it is done, prefill time, engine."""
+        num_left = len(self._alive)
+        for num_blocks, engines in (*self._index.holders(hashes), (0, self._alive)):
+            if num_left == 0:
+                return
+            num_left -= len(engines)
+            engine = min(engines, key=self._work_ms.__getitem__)
+            prefill_ms = self._prefill_ms(num_blocks, num_tokens)
+            yield self._work_ms[engine] + 2 * prefill_ms, prefill_ms, engine
+
+    def _prefill_ms(self, num_blocks: int, num_tokens: int) -> float:
+        return _prefill_ms(self._step_time.coefficients, num_blocks * self._index.block_size, num_tokens)
+
+    def _wait(self, request_id: str, engine: int) -> None:
+        self._waiting[engine][request_id] = None
+        self._busy.add(engine)
+
+    def _wait_no_more(self, request_id: str, engine: int) -> None:
+        self._waiting[engine].pop(request_id, None)
+        if not self._waiting[engine]:
+            self._busy.discard(engine)
+
+    def _put(self, request_id: str, placed: _Placed) -> None:
+        self._placed[request_id] = placed
+        self._work_ms[placed.engine] += placed.work_ms
+        self._index.insert(placed.hashes, placed.engine)
 
 
 def _prefill_ms(costs: Coefficients, start: int, end: int) -> float:

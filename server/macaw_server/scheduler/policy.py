@@ -78,6 +78,15 @@ class Policy(ABC):
         """Whether a sequence that finds no place or no pages takes those of a running one."""
         return False
 
+    def claim_steps(self, sequence: Sequence, *, in_program: bool) -> float:
+        """By how many calls more a claim on cached pages is discounted (`Retainer`).
+
+        Args:
+            sequence: Which waits, or has ended.
+            in_program: The claim is for a call to come of its program, and not for itself.
+        """
+        return 0.0
+
     def enter(self, sequence: Sequence) -> None:  # noqa: B027
         """It waits from now on."""
 
@@ -147,6 +156,14 @@ class AppPolicy(Policy):
         if self.shares.service(b) - self.shares.service(a) > TENANT_LEAD:
             return True
         return self.is_critical(waiting) and not self.is_critical(running) and now_s <= self.due_s(running)
+
+    def claim_steps(self, sequence: Sequence, *, in_program: bool) -> float:
+        """Half a call for each class, and of programs that may grow a quarter for each power of two of service."""
+        hints = sequence.request.hints
+        steps = 0.5 * hints.call_class
+        if in_program and hints.work_tokens is None:
+            steps += 0.25 * (_magnitude(self.attained[hints.program_id]) - _magnitude(0))
+        return steps
 
     def enter(self, sequence: Sequence) -> None:
         """One call more of its tenant waits."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from macaw_server.engine.types import EngineRequest, EngineStats
-from macaw_server.kvcache import Blocked, KVCache
+from macaw_server.kvcache import NO_USE, Allocation, Blocked, KVCache, Use
 from macaw_server.scheduler.ahead import AheadSequences, ahead_budget
-from macaw_server.scheduler.budget import LEADER_SLOWDOWN, StepBudget
+from macaw_server.scheduler.budget import StepBudget
+from macaw_server.scheduler.drafting import Drafting
 from macaw_server.scheduler.fairness import OUTPUT_SERVICE
 from macaw_server.scheduler.followers import Followers
 from macaw_server.scheduler.limits import check_request, finish_reason, latest_start_s
 from macaw_server.scheduler.lookahead import look_ahead
 from macaw_server.scheduler.policy import Policy, make_policy
-from macaw_server.scheduler.speculation import NO_GUESS, Drafter, Guess, ProposerFactory, draft_lengths, prompt_lookup
+from macaw_server.scheduler.protection import Protection
+from macaw_server.scheduler.retainer import Retainer
+from macaw_server.scheduler.speculation import ProposerFactory, prompt_lookup
 from macaw_server.scheduler.step_time import StepTimeModel
 from macaw_server.scheduler.types import (
     ScheduledBatch,
@@ -78,16 +81,17 @@ class Scheduler:
         self.kv_cache = kv_cache
         self.policy = policy or make_policy()
         self.ridge = config.ridge
-        self._make_proposer = make_proposer
         self._step_time = step_time or StepTimeModel()
         self._max_len = min(config.max_model_len, kv_cache.num_pages * kv_cache.page_size)
+        self._drafting = Drafting(config, self._max_len, make_proposer)
+        self._retainer = Retainer(kv_cache, self.policy)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = WaitingQueue(self.policy)
         self._running: dict[str, Sequence] = {}  # but for those of class AHEAD
         self._ahead = AheadSequences()
         self._followers = Followers(self.policy)
         self._num_added = 0
-        self._leader: str | None = None  # the program under protection where no critical sequence decodes
+        self._protection = Protection(self.policy, self._followers, config.latency_slowdown)
         self._out_of_pages: Sequence | None = None  # who found none in the step before
         self._stats = EngineStats(pages_total=kv_cache.num_pages)
 
@@ -127,6 +131,7 @@ class Scheduler:
         else:
             self._sequences[request.request_id] = sequence
             self._queue_of(sequence).push(sequence)
+            self._retainer.waits(sequence)
         return sequence
 
     def abort(self, *request_ids: str, keep_pages: bool = True) -> None:
@@ -139,7 +144,14 @@ class Scheduler:
         """
         found = [self._sequences[id_] for id_ in dict.fromkeys(request_ids) if id_ in self._sequences]
         for sequence in sorted(found, key=lambda sequence: sequence.status is SequenceStatus.RUNNING):
+            was_running = sequence.status is SequenceStatus.RUNNING
             self._retire(sequence, keep_pages=keep_pages)  # who waits for pages of another one goes before it
+            if keep_pages and was_running and not sequence.is_ahead:
+                self._retainer.ended(sequence)
+
+    def let_go(self, holders: Iterable[str]) -> None:
+        """Keep nothing for these programs, and these requests of class AHEAD, any more."""
+        self._retainer.let_go(holders)
 
     def schedule(self, now_s: float) -> ScheduledBatch:
         """Decide what runs in the next step, which the caller then does, and reports by `update`.
@@ -154,9 +166,9 @@ class Scheduler:
             self._make_way(batch, now_s)
         decodes = [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]
         prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
-        protected = self._protect(decodes, now_s)
-        slowdown = self.config.latency_slowdown if self._leader is None else LEADER_SLOWDOWN
-        budget = StepBudget(self.config.max_num_batched_tokens, self._step_time, protected, slowdown)
+        protected = self._protection.choose(decodes, now_s)
+        max_num_tokens, slowdown = self.config.max_num_batched_tokens, self._protection.slowdown
+        budget = StepBudget(max_num_tokens, self._step_time, protected, slowdown)
         self._decode(batch, decodes, budget, now_s)
         for sequence in sorted(prefills, key=lambda sequence: self._followers.order(sequence, now_s)):
             self._run(batch, sequence, budget, now_s)
@@ -164,7 +176,7 @@ class Scheduler:
             self._admit(batch, budget, now_s)
         self._run_ahead(batch, now_s)
         if self.config.max_draft_tokens:
-            self._speculate(batch)
+            self._drafting.add(batch, self.kv_cache, ridge=self.ridge, reserve=len(self._running))
         assert batch.chunks or batch.finished or not self.has_work, (
             f"{len(self._sequences)} sequences and nothing to run"
         )
@@ -223,7 +235,7 @@ class Scheduler:
             is_complete = sequence.request_id in complete
             sequence.finish_reason = "stop" if is_complete else finish_reason(sequence, self._max_len)
             if sequence.finish_reason:
-                self._retire(sequence)
+                self._finish(sequence)
                 finished.append(sequence)
         return finished
 
@@ -284,7 +296,7 @@ class Scheduler:
 
         Chunks keep the order of the batch, in which the attention planner knows it.
         """
-        others = [sequence for sequence in decodes if self._gives_way(sequence, now_s)]
+        others = [sequence for sequence in decodes if self._protection.gives_way(sequence, now_s)]
         if budget.limited:
             others.sort(key=lambda sequence: self.policy.order(sequence, now_s))
         budget.take(0, len(decodes) - len(others), gives_way=False)
@@ -306,9 +318,7 @@ class Scheduler:
             sequence = self._waiting.first(now_s, yielding=not budget.exhausted)
             if sequence is None or sequence in batch.preempted:
                 return
-            pages = self.kv_cache.admit(
-                sequence.request_id, sequence.token_ids, sequence.request.salt, reserve=len(self._running)
-            )
+            pages = self._ask_for_pages(sequence)
             if pages is None:
                 if self._yield_ahead():
                     continue
@@ -320,7 +330,7 @@ class Scheduler:
             if isinstance(pages, Blocked):
                 self._followers.block(sequence, self._sequences[pages.owner], pages.num_pages, now_s)
                 continue
-            sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
+            self._take_up(sequence, pages)
             self._running[sequence.request_id] = sequence
             if sequence.cached_tokens is None and not sequence.num_outputs:
                 sequence.cached_tokens = pages.num_cached
@@ -329,71 +339,22 @@ class Scheduler:
                 batch.admitted.append(sequence)
             self._run(batch, sequence, budget, now_s)
 
-    def _protect(self, decodes: list[Sequence], now_s: float) -> list[Sequence]:
-        """Those whose time per token counts in this step: the critical ones, or else the first program's."""
-        self._leader = None
-        if not self.policy.protects_latency or not decodes:
-            return []
-        critical = [sequence for sequence in decodes if self.policy.is_critical(sequence)]
-        if critical:
-            return critical
-        first = min(decodes, key=lambda sequence: self.policy.order(sequence, now_s))
-        self._leader = first.request.hints.program_id
-        return [sequence for sequence in decodes if sequence.request.hints.program_id == self._leader]
-
-    def _gives_way(self, sequence: Sequence, now_s: float) -> bool:
-        """Whether it takes only what those under protection leave, and so do all that wait for its prefix."""
-        policy, leader = self.policy, self._leader
-        if not policy.protects_latency:
-            return False
-        return not any(
-            policy.is_critical(s)
-            or now_s > policy.due_s(s)
-            or (leader is not None and s.request.hints.program_id == leader)
-            for s in (sequence, self._followers.patron(sequence, now_s))
-            if s is not None
+    def _ask_for_pages(self, sequence: Sequence) -> Allocation | Blocked | None:
+        """See `KVCache.admit`."""
+        request, hints = sequence.request, sequence.request.hints
+        use = NO_USE if sequence.is_ahead else Use(hints.program_id, hints.may_return)
+        return self.kv_cache.admit(
+            request.request_id, sequence.token_ids, request.salt, reserve=len(self._running), use=use
         )
 
-    def _speculate(self, batch: ScheduledBatch) -> None:
-        """Add drafts to the chunks that decode, where they pay."""
-        drafted, guesses = [], []
-        for i, chunk in enumerate(batch.chunks):
-            if chunk.samples and chunk.length == 1 and (guess := self._guess(chunk.sequence)).token_ids:
-                drafted.append((i, chunk))
-                guesses.append(guess)
-        if not guesses:
-            return
-        lengths = draft_lengths(
-            guesses,
-            num_sampled=sum(chunk.samples for chunk in batch.chunks),
-            ridge=self.ridge,
-            budget=self.config.max_num_batched_tokens - batch.num_tokens,
-        )
-        for (i, chunk), guess, length in zip(drafted, guesses, lengths, strict=True):
-            if length:
-                room = self.kv_cache.lend(chunk.sequence.pages, length, reserve=len(self._running))
-                batch.chunks[i] = chunk._replace(drafts=tuple(guess.token_ids[:room]))
-
-    def _guess(self, sequence: Sequence) -> Guess:
-        """What may come next, cut before a token that would stop the sequence and before its last place.
-
-        Such a token needs no draft: the row before it samples it anyway, and no row follows.
-        """
-        drafter = sequence.drafter
-        if drafter is None:
-            drafter = sequence.drafter = Drafter(self._make_proposer(sequence.request))
-        elif len(sequence.token_ids) < drafter.resumes_at:
-            return NO_GUESS
-        sampling = sequence.request.sampling
-        left = min(sampling.max_tokens - sequence.num_outputs, self._max_len - len(sequence.token_ids))
-        guess = drafter.guess(sequence.token_ids, min(self.config.max_draft_tokens, left - 1))
-        stop = next((i for i, token in enumerate(guess.token_ids) if token in sampling.stop_token_ids), None)
-        return guess._replace(token_ids=guess.token_ids[:stop])
+    def _take_up(self, sequence: Sequence, pages: Allocation) -> None:
+        sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
+        self._retainer.admitted(sequence)
 
     def _run(self, batch: ScheduledBatch, sequence: Sequence, budget: StepBudget, now_s: float) -> None:
         """Put as much of a sequence into the batch as the budget allows."""
         start, left = sequence.num_computed, sequence.num_uncomputed
-        gives_way = self._gives_way(sequence, now_s)
+        gives_way = self._protection.gives_way(sequence, now_s)
         length = budget.room(start, min(left, self.config.max_prefill_chunk or left), gives_way=gives_way)
         if length:
             budget.take(start, length, gives_way=gives_way)
@@ -442,16 +403,14 @@ class Scheduler:
                 self._end_prefill(sequence)
                 batch.finished.append(sequence)
                 continue
-            pages = self.kv_cache.admit(
-                sequence.request_id, sequence.token_ids, sequence.request.salt, reserve=len(self._running)
-            )
+            pages = self._ask_for_pages(sequence)
             if pages is None:
                 return
             self._ahead.remove(sequence)
             if isinstance(pages, Blocked):
                 self._followers.block(sequence, self._sequences[pages.owner], pages.num_pages, now_s)
                 continue
-            sequence.status, sequence.allocation = SequenceStatus.RUNNING, pages
+            self._take_up(sequence, pages)
             ahead[sequence.request_id] = sequence
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = pages.num_cached
@@ -476,11 +435,12 @@ class Scheduler:
             self._give_back_pages(sequence, keep=True)
             sequence.status = SequenceStatus.WAITING
             self._ahead.push(sequence)
+            self._retainer.waits(sequence)
         return sequence is not None
 
     def _end_prefill(self, sequence: Sequence) -> None:
         sequence.finish_reason = "length"
-        self._retire(sequence)
+        self._finish(sequence)
 
     def _queue_of(self, sequence: Sequence) -> WaitingQueue | AheadSequences:
         return self._ahead if sequence.is_ahead else self._waiting
@@ -494,6 +454,12 @@ class Scheduler:
         sequence.num_preemptions += 1
         self._stats.preemptions += 1
         self._waiting.push(sequence)
+        self._retainer.waits(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """End a sequence that has all its tokens."""
+        self._retire(sequence)
+        self._retainer.ended(sequence)
 
     def _retire(self, sequence: Sequence, *, keep_pages: bool = True) -> None:
         """End a sequence, whatever it is doing."""
@@ -501,6 +467,7 @@ class Scheduler:
             self._give_back_pages(sequence, keep=keep_pages)
         elif sequence.status is SequenceStatus.WAITING:
             self._queue_of(sequence).remove(sequence)
+        self._retainer.let_go([sequence.request_id])
         sequence.status = SequenceStatus.FINISHED
         del self._sequences[sequence.request_id]
 

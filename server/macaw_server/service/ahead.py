@@ -109,9 +109,16 @@ class AheadService:
         return request
 
     def release(self, request: AheadRequest, user: object, *, keep_pages: bool) -> None:
-        """One user less; without any the engine stops, and what it has computed by then stays or goes."""
+        """One user less; without any the engine stops, and what it has computed by then stays or goes.
+
+        What it has computed as a whole is kept as long as there is a user, as far as pages are not needed.
+        """
         request.users.pop(user, None)
-        if not request.users and not request.ended:
+        if request.users:
+            return
+        if request.ended:
+            request.model.engine.let_go([request.request_id])
+        else:
             self._end(request)
             request.model.engine.abort([request.request_id], keep_pages=keep_pages)
 

@@ -25,8 +25,9 @@ from macaw.protocol import (
     ProgramState,
     VariableResolved,
 )
-from macaw_server.engine.types import CallClass, CallHints
+from macaw_server.engine.types import CallClass, CallHints, Engine
 from macaw_server.programs.calls import CallNode
+from macaw_server.programs.leads import Atom
 from macaw_server.programs.program import Program
 from macaw_server.service.admission import Admission
 from macaw_server.service.ahead import AheadService, ProgramAhead
@@ -91,6 +92,7 @@ class ProgramRun:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._num_attached = 0
+        self._keeping: set[Engine] = set()  # which may keep pages for calls to come
         self._ahead: ProgramAhead | None = None
         if surroundings.config.prefill_ahead and not self.is_plain:
             answer_so_far = self._answer_so_far if surroundings.config.pipelining else None
@@ -239,6 +241,8 @@ class ProgramRun:
             if self._ahead is not None:
                 self._ahead.close()
             self._prepared.clear()
+            for engine in self._keeping:
+                engine.let_go([self.id])
             self._surroundings.on_end(self)
             return
         taken = self.program.take_ready(self._now_ms())
@@ -301,16 +305,26 @@ class ProgramRun:
             ),
             request_id=f"{self.id}/{call.id}",
             salt=self.tenant.salt,
-            hints=self._call_hints(node),
+            hints=self._call_hints(node, prepared),
             observer=self,
         )
 
-    def _call_hints(self, node: CallNode) -> CallHints:
+    def _call_hints(self, node: CallNode, prepared: Prepared) -> CallHints:
         """What the graph says, or the client where there is none. Apps are told apart by tenant."""
         hints = self.program.hints(
             node, started_s=self.started_s, tenant=self.tenant.id, tenant_weight=self.tenant.weight
         )
-        return hints if self.hints is None else _overridden(hints, self.hints, self.tenant)
+        if self.hints is not None:
+            return _overridden(hints, self.hints, self.tenant)
+        values = self.program.values(node)
+
+        def num_chars(atom: Atom) -> int:  # templates add a little to a role
+            return len(values[atom.value] if atom.kind == "variable" else atom.value)
+
+        reuse = self.program.reuse(node, len(prepared.prompt_ids), num_chars)
+        if reuse:
+            self._keeping.add(prepared.model.engine)
+        return replace(hints, reuse=reuse)
 
     def least_ms(self, node: CallNode) -> float:
         """What is left of an unfinished call at least."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,11 +20,12 @@ from macaw.protocol import (
 )
 from macaw_server.engine.types import EngineRequest, SamplingParams
 from macaw_server.programs.calls import CallNode
+from macaw_server.programs.leads import Atom
 from macaw_server.programs.program import Program
 from macaw_server.simulate.infinite_cache import InfiniteCache
 from macaw_server.simulate.records import CallRecord, ProgramRecord
 from macaw_server.simulate.tokens import TokenSource
-from macaw_server.workloads import CallSpec, ProgramSpec, Text
+from macaw_server.workloads import CallSpec, Output, ProgramSpec, Text
 
 
 class Surroundings(Protocol):
@@ -36,6 +37,10 @@ class Surroundings(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Forget a request; it may have ended."""
+        ...
+
+    def let_go(self, program_id: str) -> None:
+        """Keep no pages for a program any more."""
         ...
 
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:
@@ -192,7 +197,7 @@ class Applications:
             for call in calls:
                 self._create(run, f"{spec.id}/{call.id}", _alone(call.id, call.output_len), now_s)
             return
-        sent = tuple((call.id, call.deps, call.output_len) for call in calls)
+        sent = tuple(_sent(spec.id, call) for call in calls)
         part = _part(sent, spec.targets, spec.objective, spec.deadline_s, is_last)
         if spec.id in run.programs:
             program = run.programs[spec.id]
@@ -223,6 +228,7 @@ class Applications:
             request_id = f"{run.record.spec.id}/{call_id}"
             if self._calls.pop(request_id, None) is not None:
                 self._surroundings.abort(request_id)
+        self._surroundings.let_go(program.id)
         if program.error is not None:
             run.record.error = program.error.code
         num_programs = len(run.specs) if self._as_requests else 1
@@ -236,14 +242,19 @@ class Applications:
         prompt: list[int] = []
         for part in call.parts:
             prompt += self._tokens.text(part.key, part.length) if isinstance(part, Text) else run.outputs[part.call]
+        hints = program.hints(
+            node, started_s=run.created_s[program.id], tenant=spec.tenant, tenant_weight=spec.tenant_weight
+        )
+        if self._as_requests:
+            hints = replace(hints, may_return=True)
+        else:
+            hints = replace(hints, reuse=program.reuse(node, len(prompt), partial(_length, spec.id, run.specs, call)))
         request = EngineRequest(
             f"{spec.id}/{call.id}",
             prompt,
             SamplingParams(max_tokens=call.output_len, temperature=0.0),
             salt=spec.tenant,
-            hints=program.hints(
-                node, started_s=run.created_s[program.id], tenant=spec.tenant, tenant_weight=spec.tenant_weight
-            ),
+            hints=hints,
         )
         record = CallRecord(len(prompt), call.output_len, now_s)
         record.shared_tokens = self._infinite_cache.look_up(spec, run.specs, call)
@@ -258,6 +269,15 @@ class Applications:
         return (now_s - run.created_s[program.id]) * 1000
 
 
+class _SentCall(NamedTuple):
+    """A call as the client sends it: its parts are texts, by their keys within the program, and calls that it reads."""
+
+    name: str
+    parts: tuple[str | Output, ...]
+    deps: tuple[str, ...]
+    output_len: int
+
+
 class _Part(NamedTuple):
     """What a client sends of a program, as the first part of it and as a later one."""
 
@@ -265,18 +285,36 @@ class _Part(NamedTuple):
     growth: ProgramGrowth
 
 
+def _sent(program_id: str, call: CallSpec) -> _SentCall:
+    parts = tuple(_key(program_id, part) if isinstance(part, Text) else part for part in call.parts)
+    return _SentCall(call.id, parts, call.deps, call.output_len)
+
+
+def _key(program_id: str, text: Text) -> str:
+    """Equal for the same text of two programs of an app, such as the first chunk of their documents."""
+    return text.key.removeprefix(f"{program_id}/")
+
+
+def _length(program_id: str, specs: Mapping[str, CallSpec], call: CallSpec, atom: Atom) -> int:
+    """Tokens of a part of a call's prompt."""
+    if atom.kind == "text":
+        texts = (part for part in call.parts if isinstance(part, Text))
+        return next(text.length for text in texts if _key(program_id, text) == atom.value)
+    return specs[atom.value].output_len if Output(atom.value) in call.parts else 0
+
+
 # Programs of one app send the same over and over. Nobody changes what came over the wire, so they can share it.
 
 
 @lru_cache(maxsize=1024)
 def _alone(name: str, output_len: int) -> ProgramRequest:
-    """A program of one call; of its text only what it reads matters here."""
-    return ProgramRequest(calls=[_wire(name, (), output_len)], targets=[Target(variable=name)])
+    """A program of one call, which is one text, whatever it reads."""
+    return ProgramRequest(calls=[_wire(_SentCall(name, (name,), (), output_len))], targets=[Target(variable=name)])
 
 
 @lru_cache(maxsize=1024)
 def _part(
-    calls: tuple[tuple[str, tuple[str, ...], int], ...],
+    calls: tuple[_SentCall, ...],
     targets: tuple[str, ...],
     objective: Literal["latency", "throughput"],
     deadline_s: float | None,
@@ -290,11 +328,11 @@ def _part(
             transforms = [Transform(id="all-targets", op="join", inputs=names, output="all-targets")]
             names = ["all-targets"]
     else:
-        read = {dep for _, deps, _ in calls for dep in deps}
-        names = [name for name, _, _ in calls if name not in read]
+        read = {dep for call in calls for dep in call.deps}
+        names = [call.name for call in calls if call.name not in read]
     deadline_ms = None if deadline_s is None else deadline_s * 1000
     growth = ProgramGrowth(
-        calls=[_wire(*call) for call in calls],
+        calls=[_wire(call) for call in calls],
         transforms=transforms,
         targets=[Target(variable=name, objective=objective, deadline_ms=deadline_ms) for name in names],
         close=is_last,
@@ -303,7 +341,12 @@ def _part(
     return _Part(request, growth)
 
 
-def _wire(name: str, deps: tuple[str, ...], output_len: int) -> Call:
-    """A call as a client sends it."""
-    parts: list[TextPart | VariablePart] = [TextPart(text=name), *(VariablePart(variable=dep) for dep in deps)]
-    return Call(id=name, output=name, request=CompletionRequest(prompt=parts, max_tokens=output_len, ignore_eos=True))
+def _wire(call: _SentCall) -> Call:
+    """A call on the wire; what it waits for without reading it stands at the end."""
+    reads = [part.call if isinstance(part, Output) else None for part in call.parts]
+    parts: list[TextPart | VariablePart] = [
+        TextPart(text=part) if isinstance(part, str) else VariablePart(variable=part.call) for part in call.parts
+    ]
+    parts += [VariablePart(variable=dep) for dep in call.deps if dep not in reads]
+    request = CompletionRequest(prompt=parts, max_tokens=call.output_len, ignore_eos=True)
+    return Call(id=call.name, output=call.name, request=request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -80,6 +80,7 @@ def run(
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Token budget of one step.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Prompt plus output, in tokens.")] = None,
     latency_slowdown: Annotated[float | None, typer.Option(min=1, help="As for macaw serve.")] = None,
+    eviction: Annotated[Literal["value", "lru"], typer.Option(help="As for macaw serve.")] = "value",
     write_trace: Annotated[Path | None, typer.Option(help="Write the workload as a trace here.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -94,6 +95,7 @@ def run(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
         "latency_slowdown": latency_slowdown,
+        "eviction": eviction,
     }
     try:
         options = WorkloadOptions(seed, scale, programs, rate, background, tenants)

@@ -78,6 +78,10 @@ class RealRun:
         self._core.abort([request_id], keep_pages=False)
         self._outputs.pop(request_id, None)
 
+    def let_go(self, program_id: str) -> None:
+        """Keep no pages for a program any more."""
+        self._core.let_go([program_id])
+
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:
         """Call back when the time has come, between two steps."""
         heapq.heappush(self._events, (time_s, next(self._num_events), action))
@@ -122,4 +126,5 @@ def config_of(core: EngineCore, engine: EngineConfig) -> SimulationConfig:
         max_num_batched_tokens=engine.max_num_batched_tokens,
         max_model_len=core.info.max_model_len,
         latency_slowdown=engine.latency_slowdown,
+        eviction=engine.eviction,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from macaw_server.engine.types import EngineRequest
-from macaw_server.kvcache import KVCache
+from macaw_server.kvcache import Eviction, KVCache
 from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepTimeModel, make_policy, step_features
 from macaw_server.scheduler.placement import Placement
 from macaw_server.simulate.applications import Applications
@@ -36,6 +36,7 @@ class SimulationConfig:
         latency_slowdown: See `SchedulerConfig`; None is its default.
         client: Whether clients send programs, or each call by itself.
         rtt_s: Round trip between client and server.
+        eviction: See `KVCache`.
     """
 
     num_engines: int = 1
@@ -48,6 +49,7 @@ class SimulationConfig:
     latency_slowdown: float | None = None
     client: Client = "programs"
     rtt_s: float = 0.0
+    eviction: Eviction = "value"
 
     def scheduler(self, step_time: StepTimeModel) -> Scheduler:
         """The scheduler of one engine."""
@@ -56,7 +58,7 @@ class SimulationConfig:
         )
         if self.latency_slowdown is not None:
             config = replace(config, latency_slowdown=self.latency_slowdown)
-        cache = KVCache(self.num_pages, self.page_size)
+        cache = KVCache(self.num_pages, self.page_size, eviction=self.eviction)
         return Scheduler(config, cache, make_policy(self.policy), step_time=step_time)
 
 
@@ -137,6 +139,11 @@ class Simulation:
             if self._placement:
                 self._placement.ended(request, [])
 
+    def let_go(self, program_id: str) -> None:
+        """Keep no pages for a program any more."""
+        for engine in self._engines:
+            engine.scheduler.let_go([program_id])
+
     def call_at(self, time_s: float, action: Callable[[float], None]) -> None:
         """Call back when the time has come; equal times in the order of asking."""
         heapq.heappush(self._events, (time_s, next(self._num_events), action))
@@ -166,6 +173,8 @@ class Simulation:
             return
         engine.batch = batch
         for sequence in batch.admitted:
+            if self._placement:
+                self._placement.admitted(sequence.request_id)
             self._applications.started(sequence.request_id, sequence.cached_tokens or 0, now_s)
         step_s = self._step_time.predict(step_features(batch)) / 1000
         self.call_at(now_s + step_s, lambda now_s: self._end_step(engine, batch, now_s))
@@ -192,8 +201,19 @@ class Simulation:
             if self._placement:
                 self._placement.ended(sequence.request, output_ids)
             self._applications.finished(sequence.request_id, output_ids, now_s)
+        if self._placement and finished:
+            self._fill(engine, now_s)
         if engine.scheduler.has_work:
             self._idle_with_work[engine.number] = engine
+
+    def _fill(self, engine: _Engine, now_s: float) -> None:
+        """Give an engine where nobody waits calls that wait elsewhere, where that pays."""
+        assert self._placement is not None
+        for request_id, source, _ in self._placement.moves(engine.number):
+            _, request, first_output = self._requests[request_id]
+            self._engines[source].scheduler.abort(request_id)
+            self._requests[request_id] = engine, request, first_output
+            engine.scheduler.add(request, now_s)
 
 
 @contextmanager

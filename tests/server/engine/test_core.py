@@ -10,7 +10,7 @@ import torch
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
-from macaw_server.engine.types import CallClass, CallHints, EngineOutput, EngineRequest, SamplingParams
+from macaw_server.engine.types import CallClass, CallHints, EngineOutput, EngineRequest, Reuse, SamplingParams
 
 
 def request(name: str, *prompt: int, num_tokens: int = 12) -> EngineRequest:
@@ -120,3 +120,26 @@ def test_a_prefill_ends_without_tokens_and_the_next_request_finds_it(core: Engin
     core.add(request("call", *prompt, 70))
     assert finish(core)["call"][0].cached_tokens == 64
     assert core.stats().ahead_tokens == len(prompt)
+
+
+def test_claims_end_with_their_program_and_with_the_cache(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_claims() -> int:
+        retention = core._scheduler.kv_cache.retention
+        assert retention is not None
+        return retention.num_claims
+
+    def run(name: str) -> None:
+        hints = CallHints(program_id=name, reuse=(Reuse(None, 1),))
+        core.add(EngineRequest(name, list(range(5, 70)), SamplingParams(max_tokens=2, temperature=0), hints=hints))
+        finish(core)
+
+    run("p")
+    run("q")
+    assert num_claims() == 2
+    core.let_go(["p", "unknown"])
+    assert num_claims() == 1
+    monkeypatch.setattr(core._runner, "run", broken_at(1, core._runner.run, out_of_memory))
+    run("broken")
+    assert num_claims() == 0
+    core.let_go(["q", "broken"])
+    assert num_claims() == 0

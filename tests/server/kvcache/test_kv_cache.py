@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from macaw_server.kvcache import Allocation, Blocked, KVCache
+from macaw_server.kvcache import NO_USE, Allocation, Blocked, KVCache, Use
 from server.kvcache.kv_memory import KVMemory, prefix_hashes
 
 
@@ -183,9 +183,10 @@ class KVCacheMachine(RuleBasedStateMachine):
         num_pages=st.integers(3, 12),
         page_size=st.integers(1, 3),
         public=st.lists(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=8), max_size=2),
+        with_claims=st.booleans(),
     )
-    def start(self, num_pages, page_size, public):
-        self.public = public
+    def start(self, num_pages, page_size, public, with_claims):
+        self.public, self.with_claims = public, with_claims
         self.cache = KVCache(num_pages, page_size, public)
         self.memory = KVMemory(self.cache)
         self.live = {}  # request id -> (allocation, tokens, salt)
@@ -202,8 +203,9 @@ class KVCacheMachine(RuleBasedStateMachine):
         tokens=st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=12),
         salt=st.sampled_from(["", "tenant", "other"]),
         reserve=st.integers(0, 2),
+        use=st.sampled_from([NO_USE, Use("p", False), Use("q", True)]),
     )
-    def admit(self, tokens, salt, reserve):
+    def admit(self, tokens, salt, reserve, use):
         size, ready = self.cache.page_size, self.memory.ready_prefixes()
         ends = self.hashes(salt, tokens)[size - 1 :: size][: (len(tokens) - 1) // size]
         in_flight = {
@@ -212,7 +214,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             for i in range(allocation.num_computed // size, allocation.num_tree_pages)
         }
         self.num_made += 1
-        result = self.cache.admit(f"r{self.num_made}", tokens, salt, reserve=reserve)
+        result = self.cache.admit(f"r{self.num_made}", tokens, salt, reserve=reserve, use=use)
         num_ready = next((i for i, end in enumerate(ends) if end not in ready), len(ends))
         num_there = next((i for i, end in enumerate(ends) if end not in ready | in_flight), len(ends))
         if num_there > num_ready:
@@ -255,12 +257,28 @@ class KVCacheMachine(RuleBasedStateMachine):
             found = self.cache.tree.match_prefix(tokens, salt, num_full, allocation.num_public)
             assert len(found.pages) == num_full or found.owner is not None, "it was computed and is not kept"
 
+    @precondition(lambda self: self.with_claims)
+    @rule(
+        holder=st.sampled_from("pq"),
+        tokens=st.lists(st.sampled_from([0, 0, 0, 1]), max_size=12),
+        salt=st.sampled_from(["", "tenant", "other"]),
+        steps=st.integers(0, 2),
+        number=st.integers(0, 3),
+    )
+    def claim(self, holder, tokens, salt, steps, number):
+        self.cache.claim(holder, tokens, salt, num_tokens=len(tokens), steps=steps, number=number)
+
+    @rule(holder=st.sampled_from("pq"))
+    def let_go(self, holder):
+        self.cache.retention.let_go(holder)
+
     @invariant()
     def nothing_is_lost_or_mixed_up(self):
         self.cache.check()
         self.memory.ready_prefixes()
         for node in self.cache.tree.nodes():
-            assert node.children or node.num_users or not node.pages, "pages stay that only cancelled requests used"
+            stays = node.children or node.num_users or self.with_claims
+            assert stays or not node.pages, "pages stay that only cancelled requests used"
         for allocation, tokens, salt in self.live.values():
             hashes = self.hashes(salt, tokens, allocation.num_public)
             self.memory.check(allocation.block_table, hashes, allocation.num_computed)
@@ -269,6 +287,9 @@ class KVCacheMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):  # hypothesis may give up before `start`
             for allocation, tokens, _ in self.live.values():
                 self.cache.release(allocation, tokens)
+            for holder in "pq":
+                self.cache.retention.let_go(holder)
+            assert self.cache.retention.num_claims == 0
             self.cache.check()
             self.cache.pool.free(self.cache.tree.evict(self.cache.num_pages))
             assert self.cache.pool.num_free == self.cache.num_pages

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from macaw_server.kvcache import RadixTree
+from macaw_server.kvcache.eviction import by_value, least_recently_used
+from macaw_server.kvcache.retention import Retention
 
 ALL = 10**6
 
@@ -123,9 +125,11 @@ class RadixTreeMachine(RuleBasedStateMachine):
 
     locked = Bundle("locked")
 
-    @initialize()
-    def start(self):
-        self.tree, self.model, self.locks = RadixTree(SIZE), {}, Counter()
+    @initialize(value=st.sampled_from([least_recently_used, by_value(1), by_value(8)]))
+    def start(self, value):
+        self.tree, self.model, self.locks = RadixTree(SIZE, value), {}, Counter()
+        self.retention = Retention(self.tree)
+        self.value = value
         self.num_made = 0
 
     def found(self, salt, tokens):
@@ -166,20 +170,43 @@ class RadixTreeMachine(RuleBasedStateMachine):
         self.tree.unlock(node)
         self.locks.subtract((salt, prefix) for prefix in held)
 
+    @rule(holder=st.sampled_from("pq"), salt=SALTS, tokens=TOKENS, steps=st.integers(0, 3), number=st.integers(0, 3))
+    def claim(self, holder, salt, tokens, steps, number):
+        self.retention.claim(holder, self.tree.end_of(self.tree.match_prefix(tokens, salt, ALL)), steps, number)
+
+    @rule(holder=st.sampled_from("pq"), salt=SALTS, tokens=TOKENS, number=st.integers(0, 3))
+    def fulfil(self, holder, salt, tokens, number):
+        self.retention.fulfil(holder, self.tree.match_prefix(tokens, salt, ALL).node, number)
+
+    @rule(holder=st.sampled_from("pq"))
+    def let_go(self, holder):
+        self.retention.let_go(holder)
+
     @rule(n=st.integers(1, 4))
     def evict(self, n):
+        leaves = [node for node in self.tree.nodes() if node.pages and not node.lock_count and not node.children]
+        least = min(map(self.value, leaves), default=None)
+        firsts = {page for node in leaves if self.value(node) == least for page in node.pages}
         by_page = {page: entry for entry, page in self.model.items()}
         num_unlocked = sum(not self.locks[entry] for entry in self.model)
         evicted = self.tree.evict(n)
         assert len(evicted) == min(n, num_unlocked)
+        assert evicted[0] in firsts if evicted else not leaves, "a leaf of less value stayed"
         for page in evicted:
             assert not self.locks[by_page[page]]
             del self.model[by_page[page]]
         for salt, prefix in self.model:
             assert all((salt, shorter) in self.model for shorter in prefixes(prefix)), "a prefix lost its front"
 
+    def teardown(self):
+        if hasattr(self, "tree"):
+            for holder in "pq":
+                self.retention.let_go(holder)
+            assert not any(node.claims for node in self.tree.nodes())
+
     @invariant()
     def counts_agree(self):
+        self.retention.check()
         assert self.tree.num_pages == len(self.model)
         assert self.tree.num_evictable == sum(not self.locks[entry] for entry in self.model)
         assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(self.model.values())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from macaw_server.engine.types import CallClass, CallHints, EngineRequest, SamplingParams
-from macaw_server.kvcache import KVCache
+from macaw_server.kvcache import Eviction, KVCache
 from macaw_server.scheduler import (
     Policy,
     ProposerFactory,
@@ -100,6 +100,7 @@ class EngineModel:
         sampler: Callable[[list[int]], int] = sample,
         cache: KVCache | None = None,
         overlap: bool = False,
+        eviction: Eviction = "value",
     ) -> None:
         config = SchedulerConfig(
             max_num_seqs,
@@ -112,7 +113,7 @@ class EngineModel:
             max_ahead_seqs,
             ahead_rows,
         )
-        self.cache = cache or KVCache(num_pages, page_size)
+        self.cache = cache or KVCache(num_pages, page_size, eviction=eviction)
         policy = make_policy(policy) if isinstance(policy, str) else policy
         self.scheduler = Scheduler(config, self.cache, policy, make_proposer, step_time)
         self.memory = KVMemory(self.cache)
@@ -230,6 +231,9 @@ class EngineModel:
         assert not self.scheduler.has_work
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+        self.scheduler.let_go({*self.sequences, *(s.request.hints.program_id for s in self.sequences.values())})
+        assert self.cache.retention is None or self.cache.retention.num_claims == 0, "somebody still has a claim"
+        assert not any(node.claims for node in self.cache.tree.nodes())
         self.cache.pool.free(self.cache.tree.evict(self.cache.num_pages))
         assert self.cache.pool.num_free == self.cache.num_pages
         assert self.cache.tree.salts == set()

@@ -87,6 +87,86 @@ class TestPlacement:
         with pytest.raises(RuntimeError, match="No engine is alive"):
             place.place(request("y", [1]))
 
+    def test_calls_that_wait_move_to_where_nobody_does(self) -> None:
+        place = placement(2)
+        requests = group("a", 6, prefix=4000, own=16)  # they stay together for their prefix
+        assert {place.place(r) for r in requests} == {0}
+        assert place.moves(1) == [], "the prefix is worth more"
+        others = group("b", 6, prefix=0, own=2000, key=7)
+        assert Counter(place.place(r) for r in others) == {0: 2, 1: 4}
+        for r in others:
+            if place._placed[r.request_id].engine == 1:
+                place.admitted(r.request_id)
+                place.ended(r, [])
+        moves = place.moves(1)
+        assert [(move.source, move.target) for move in moves] == [(0, 1)] * len(moves)
+        assert moves
+        assert {move.request_id[0] for move in moves} == {"b"}, "who may compute the prefix of others stays with them"
+        assert place.moves(1) == [], "somebody waits there now"
+        assert place.work_ms[0] > 0
+
+    def test_who_has_begun_stays(self) -> None:
+        place = placement(2)
+        requests = group("a", 4, prefix=0, own=2000)
+        for r in requests:
+            place.place(r)
+        for r in requests[:2]:
+            place.admitted(r.request_id)
+        place.lose(1)
+        place.restore(1)
+        assert [move.request_id for move in place.moves(1)] == ["a2"]
+        place.admitted("a2")
+        assert place.moves(1) == []
+        assert place.moves(0) == [], "nobody waits anywhere"
+
+    def test_ahead_of_time_nothing_moves(self) -> None:
+        place = placement(2)
+        for i in range(4):
+            place.place(request(f"r{i}", text(i, 2000), prefill_only=True))
+        assert place.moves(0) == place.moves(1) == []
+
+    def test_a_dead_engine_is_no_target(self) -> None:
+        place = placement(2)
+        place.lose(1)
+        for r in group("a", 4, prefix=0, own=2000):
+            place.place(r)
+        assert place.moves(1) == []
+        place.restore(1)
+        assert len(place.moves(1)) == 2
+
+    @settings(deadline=None)
+    @given(st.integers(0, 10_000), st.integers(2, 4))
+    def test_moves_pay_and_lose_nobody(self, seed: int, num_engines: int) -> None:
+        rng, place = random.Random(seed), placement(num_engines)
+        live: dict[str, EngineRequest] = {}
+        waiting: set[str] = set()
+        where: dict[str, int] = {}
+        for i in range(60):
+            r = request(
+                f"r{i}", text(rng.randint(1, 3), 16 * rng.randint(0, 9)) + text(100 + i, rng.randint(1, 999)), 8
+            )
+            where[r.request_id] = place.place(r)
+            live[r.request_id] = r
+            waiting.add(r.request_id)
+            for name in rng.sample(sorted(live), min(len(live), rng.randint(0, 2))):
+                place.admitted(name)
+                waiting.discard(name)
+                if rng.random() < 0.7:
+                    place.ended(live.pop(name), [])
+                    where.pop(name)
+            target = rng.randrange(num_engines)
+            before = place.work_ms
+            for move in place.moves(target):
+                assert move.request_id in waiting
+                assert (where[move.request_id], target) == (move.source, move.target)
+                # Its whole prompt, counted twice, is the most that a prefix there can be worth.
+                assert before[target] < before[move.source] + 2 * 0.5 * len(live[move.request_id].prompt_ids)
+                where[move.request_id] = target
+            assert sum(place.work_ms) == pytest.approx(sum(p.work_ms for p in place._placed.values()))
+            assert {name: p.engine for name, p in place._placed.items()} == where
+            assert {name for lane in place._waiting for name in lane} == waiting
+            assert place._busy == {e for e in range(num_engines) if place._waiting[e]}
+
     def test_no_engines(self) -> None:
         with pytest.raises(ValueError, match="at least 1"):
             placement(0)

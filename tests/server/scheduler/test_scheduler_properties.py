@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from macaw_server.engine.types import CallClass
+from macaw_server.engine.types import CallClass, Reuse
 from macaw_server.scheduler import SequenceStatus, make_policy
 from server.scheduler.engine_model import STOP, EngineModel, NoisyOracle
 
@@ -29,6 +29,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         max_ahead_seqs=st.integers(1, 3),
         ahead_rows=st.sampled_from([0, 4, 100]),
+        eviction=st.sampled_from(["value", "value", "lru"]),
     )
     def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
         strategy = make_policy(policy)
@@ -61,6 +62,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         program_id=st.sampled_from(["p", "q"]),
         work_tokens=st.sampled_from([None, 10.0, 1000.0]),
         deadline_s=st.sampled_from([math.inf, 1.1, 30.0]),
+        reuse=st.lists(st.builds(Reuse, st.sampled_from([None, 0, 3, 9]), st.integers(1, 3)), max_size=2).map(tuple),
+        may_return=st.booleans(),
         copies=st.integers(1, 3),
     )
     def add(self, family, shared, own, output, copies, **kwargs):
@@ -84,6 +87,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if request_id not in self.engine.finished:
             self.aborted.add(request_id)
         self.engine.scheduler.abort(request_id, keep_pages=keep)
+
+    @rule(holder=st.sampled_from(["p", "q", "r0", "r1"]))
+    def let_go(self, holder):
+        self.engine.scheduler.let_go([holder])
 
     @rule(seconds=st.sampled_from([0.02, 40.0]))
     def wait(self, seconds):

@@ -62,6 +62,7 @@ class ScriptedEngine:
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.aborts: list[tuple[list[str], bool]] = []
+        self.let_gos: list[str] = []
         self.held = held
         self._active = {}
         self._pumping = False
@@ -92,6 +93,9 @@ class ScriptedEngine:
     def abort(self, request_ids, *, keep_pages=False):
         self.aborts.append((list(request_ids), keep_pages))
         self.aborted += [request_id for request_id in request_ids if self._active.pop(request_id, None)]
+
+    def let_go(self, holders):
+        self.let_gos += holders
 
     @property
     def active(self):
