@@ -6,8 +6,9 @@ A server process and two tenants. First a closed loop with as many calls as one 
 sustainable rate. Then open loops send calls at 0.8, 2 and 10 times that rate for a while, most of them by *greedy*;
 *modest* sends a tenth of the sustainable rate each time. Printed are, per tenant: calls sent, accepted and refused
 (429); latency of the accepted ones (median and 95th percentile); the `Retry-After` that the refused were told, and when
-really the next call of that tenant was accepted (medians); and the memory of all of the server's processes. Flat means
-that 10x differs from 2x in the number of refusals only.
+really the next call of that tenant was accepted (medians); the memory of all of the server's processes; and the cores
+that each process took while the load was sent, for on a small machine the client takes from the engine. Flat means that
+10x differs from 2x in the number of refusals only.
 
 The client has to keep up with ten times the rate, so calls should be large enough for the model; the factor in the
 table is that at which they really were sent.
@@ -32,7 +33,9 @@ import httpx
 import psutil
 
 TENANTS = '[greedy]\nkeys = ["greedy"]\n[modest]\nkeys = ["modest"]\n'
-HEADER = "load  tenant    sent accepted refused   p50 s   p95 s  told s  really s  memory MiB"
+HEADER = (
+    "load  tenant    sent accepted refused   p50 s   p95 s  told s  really s  memory MiB  cores of client, HTTP, engine"
+)
 
 
 class Load:
@@ -69,6 +72,14 @@ class Load:
         return [accepted[i] - at_s for at_s, i in found if i < len(accepted)]
 
 
+def cores(pid: int) -> list[float]:
+    """CPU seconds so far of this client, the server's HTTP process, and its engine."""
+    server = psutil.Process(pid)
+    times = [psutil.Process().cpu_times(), server.cpu_times(), *(c.cpu_times() for c in server.children())]
+    client, http, *engines = (each.user + each.system for each in times)
+    return [client, http, sum(engines)]
+
+
 def memory_mib(pid: int) -> float:
     """Resident memory of a process and its children."""
     server = psutil.Process(pid)
@@ -94,7 +105,7 @@ async def open_loop(load: Load, rate: float, modest: float, seconds: float, pid:
         The rate at which they were really sent, and the lines of a table.
     """
     rng, calls = random.Random(1), []
-    begin, due, most_mib = time.perf_counter(), 0.0, 0.0
+    begin, due, most_mib, before = time.perf_counter(), 0.0, 0.0, cores(pid)
     while due < seconds:
         await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
         calls.append(asyncio.create_task(load.call("modest" if rng.random() < modest / rate else "greedy")))
@@ -102,10 +113,7 @@ async def open_loop(load: Load, rate: float, modest: float, seconds: float, pid:
         if len(calls) % 100 == 0:
             most_mib = max(most_mib, memory_mib(pid))
     took = time.perf_counter() - begin
-    if took > 1.1 * seconds:
-        raise SystemExit(
-            f"{len(calls)} calls in {took:.0f} s instead of {seconds:.0f}: the client is too slow for this."
-        )
+    shares = [f"{(now - then) / took:.2f}" for now, then in zip(cores(pid), before, strict=True)]
     await asyncio.gather(*calls)
     most_mib = max(most_mib, memory_mib(pid))
     lines = []
@@ -115,7 +123,7 @@ async def open_loop(load: Load, rate: float, modest: float, seconds: float, pid:
         told, really = median([told for _, told in refused]), median(load.waits(tenant))
         lines.append(
             f"{tenant:7} {len(done) + len(refused):6} {len(done):8} {len(refused):7} {median(done):7.2f} {p95:7.2f}"
-            f" {told:7.0f} {really:9.2f} {most_mib:11.0f}"
+            f" {told:7.0f} {really:9.2f} {most_mib:11.0f}  {' '.join(shares)}"
         )
     return len(calls) / took, "\n".join(lines)
 

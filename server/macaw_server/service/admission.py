@@ -150,6 +150,7 @@ class _Flow:
         """How long until so many have ended; None where none has lately.
 
         That is at their rate, and not before the oldest have had the mean time: calls that began together end together.
+        Where these are late and nothing ends, they may be as late again.
         """
         per_second = self.per_second(now_s)
         if not per_second:
@@ -157,4 +158,5 @@ class _Flow:
         total = sum(num for _, num, _ in self._ends)
         mean_s = sum(took_s for _, _, took_s in self._ends) / total
         oldest_s = self._begins[min(num_calls, len(self._begins)) - 1] if self._begins else now_s
-        return max(num_calls / per_second, oldest_s + mean_s - now_s)
+        missing_s = oldest_s + mean_s - now_s
+        return max(num_calls / per_second, missing_s, min(-missing_s, now_s - self._ends[-1][0]))

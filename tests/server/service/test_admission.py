@@ -93,7 +93,7 @@ def test_calls_that_began_together_end_together(clock):
     clock.now_s += 3.0
     assert fill(admission, A)[1].retry_after_s == 7.0
     clock.now_s += 9.0
-    assert fill(admission, A)[1].retry_after_s == 1.0, "they are late, and it is told by their rate"
+    assert fill(admission, A)[1].retry_after_s == 2.0, "they are late, and may be as late again"
 
 
 def test_calls_that_are_refused_after_all_do_not_count_as_served(clock):
