@@ -119,13 +119,12 @@ def _block(before: bool) -> Iterator[None]:
 
 
 def _kinds() -> list[type[Runnable[Any, Any]]]:
-    found: dict[type[Runnable[Any, Any]], None] = {Runnable: None}
-    for kind in found.copy():
-        _add_subclasses(kind, found)
+    found: dict[type[Any], None] = {Runnable: None}
+    _add_subclasses(Runnable, found)
     return [kind for kind in found if kind is Runnable or kind.__module__.startswith(_COMPOSED)]
 
 
-def _add_subclasses(kind: type[Any], found: dict[type[Runnable[Any, Any]], None]) -> None:
+def _add_subclasses(kind: type[Any], found: dict[type[Any], None]) -> None:
     for subclass in kind.__subclasses__():
         if subclass not in found:
             found[subclass] = None
