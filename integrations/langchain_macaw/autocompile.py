@@ -120,8 +120,7 @@ def _block(before: bool) -> Iterator[None]:
 
 def _kinds() -> list[type[Runnable[Any, Any]]]:
     found: dict[type[Any], None] = {Runnable: None}
-    for kind in found.copy():
-        _add_subclasses(kind, found)
+    _add_subclasses(Runnable, found)
     return [kind for kind in found if kind is Runnable or kind.__module__.startswith(_COMPOSED)]
 
 

@@ -60,8 +60,8 @@ class Case:
         """
         compiled = compile(self.chain)
         assert isinstance(compiled, CompiledChain)
-        planned = compiled._plan([self.input], None, {}, False)
-        calls = planned.plan.request.calls if planned else []
+        plan = compiled._plan([self.input], None, {}, False)
+        calls = plan.request.calls if plan and plan.request else []
         reads = Counter(
             sum(type(part).__name__ == "VariablePart" for message in call.request.messages for part in message.content)
             for call in calls
