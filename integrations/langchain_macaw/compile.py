@@ -163,7 +163,12 @@ class CompiledChain(RunnableBindingBase[Input, Output]):  # type: ignore[no-rede
 
     @cached_property
     def _watched(self) -> Runnable[Input, Output]:
-        return watched(self.bound)
+        """`bound`, reporting its client steps; `bound` itself where that fails."""
+        try:
+            return watched(self.bound)
+        except Exception as error:
+            warn_once(f"{self.get_name()} runs without reports of its client steps: {error!r}.")
+            return self.bound
 
     def _running_chain(self, run: Run) -> Runnable[Input, Output]:
         return self._watched if run.plan else self.bound

@@ -16,7 +16,8 @@ import httpx
 import openai
 from openai.types.chat import ChatCompletion
 
-from langchain_macaw.plan import ABANDONED, CURRENT_PLAN, CallEvent, Replay
+from langchain_macaw.answers import ABANDONED, CallEvent, Replay
+from langchain_macaw.plan import CURRENT_PLAN
 from macaw.errors import error_from_wire
 from macaw.protocol import AnswerFacts, CallCompleted, CallDelta, CallFailed, ErrorBody
 

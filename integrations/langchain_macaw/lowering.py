@@ -13,7 +13,6 @@ import logging
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from langchain_core.runnables import Runnable
@@ -21,7 +20,8 @@ from langchain_openai.chat_models.base import _convert_dict_to_message
 
 from langchain_macaw.chat_models import ChatMacaw
 from langchain_macaw.pending import FAILS, Pending, Rendered, may_be, rendered, unknowns
-from langchain_macaw.plan import PlannedCall
+from langchain_macaw.plan import Part, PlannedCall
+from langchain_macaw.registry import Scope as Scope
 from langchain_macaw.registry import contains_model, rule_for
 from langchain_macaw.sentinel import (
     ESCAPED_SUFFIX,
@@ -41,38 +41,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_PATH_LEN = 200
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:\-/\[\]]")
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What a Runnable gets besides its input.
-
-    Attributes:
-        path: Where in the chain it is; becomes part of its calls' ids.
-        kwargs: Arguments bound to it.
-        configurable: `configurable` of its config.
-    """
-
-    path: str = ""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    configurable: Mapping[str, Any] = field(default_factory=dict)
-
-    def at(self, step: str = "") -> Scope:
-        """The scope of a part of this Runnable, which gets none of its arguments."""
-        return Scope(self.path + step, {}, self.configurable)
-
-
-class Part(NamedTuple):
-    """What has become known of a program since the last time."""
-
-    planned: list[PlannedCall]
-    calls: list[Call]
-    transforms: list[Transform]
-    targets: list[Target]
-
-    def body(self) -> dict[str, Any]:
-        """Fields of a program, or of its growth."""
-        return {"calls": self.calls, "transforms": self.transforms, "targets": self.targets}
 
 
 class _Expected(NamedTuple):

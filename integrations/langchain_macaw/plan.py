@@ -6,17 +6,16 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.runnables import Runnable
 
+from langchain_macaw.answers import ABANDONED, Replay, abandoned
 from langchain_macaw.sentinel import ESCAPED_SUFFIX, mustache_escape
 from langchain_macaw.templates import RequestTemplate, request_key
-from macaw.errors import CancelledError
 from macaw.protocol import (
     AnyEvent,
     Call,
@@ -24,16 +23,17 @@ from macaw.protocol import (
     CallDelta,
     CallFailed,
     CallTimings,
-    ErrorBody,
     ProgramCreated,
     ProgramFailed,
     ProgramGrowth,
     ProgramRequest,
+    Target,
+    Transform,
 )
 
 if TYPE_CHECKING:
     from langchain_macaw.chat_models import ChatMacaw
-    from langchain_macaw.lowering import Lowering, Part
+    from langchain_macaw.lowering import Lowering
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,6 @@ CURRENT_PLAN: ContextVar[Plan | None] = ContextVar("macaw_plan", default=None)
 """The plan that models answer from in this context."""
 
 Posted = ProgramRequest | ProgramGrowth
-CallEvent = CallDelta | CallCompleted | CallFailed
-
-ABANDONED = CallFailed(
-    call_id="abandoned",
-    error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
-    timings=CallTimings(),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,43 +52,17 @@ class PlannedCall:
     template: RequestTemplate
 
 
-class Replay:
-    """The events of one planned call, for one reader in any thread or event loop."""
+class Part(NamedTuple):
+    """What has become known of a program since the last time."""
 
-    def __init__(self) -> None:
-        self.ended = False
-        self._lock = threading.Lock()
-        self._arrived: deque[CallEvent | None] = deque()
-        self._waiter: Future[CallEvent | None] | None = None
-        self._wants_deltas = True
+    planned: list[PlannedCall]
+    calls: list[Call]
+    transforms: list[Transform]
+    targets: list[Target]
 
-    def skip_deltas(self) -> None:
-        """Keep only the end: the reader wants the whole answer at once."""
-        with self._lock:
-            self._wants_deltas = False
-            self._arrived = deque(event for event in self._arrived if not isinstance(event, CallDelta))
-
-    def next(self) -> Future[CallEvent | None]:
-        """The next event, as soon as it is there; None if the stream broke before this call's end."""
-        future: Future[CallEvent | None] = Future()
-        with self._lock:
-            if self._arrived:
-                future.set_result(self._arrived.popleft())
-            else:
-                self._waiter = future
-        return future
-
-    def put(self, event: CallEvent | None) -> None:
-        """Hand an event to the reader, or keep it; nothing comes after the end."""
-        with self._lock:
-            if self.ended or (isinstance(event, CallDelta) and not self._wants_deltas):
-                return
-            self.ended = not isinstance(event, CallDelta)
-            waiter, self._waiter = self._waiter, None
-            if waiter is None or not waiter.set_running_or_notify_cancel():
-                self._arrived.append(event)
-                return
-        waiter.set_result(event)
+    def body(self) -> dict[str, Any]:
+        """Fields of a program, or of its growth."""
+        return {"calls": self.calls, "transforms": self.transforms, "targets": self.targets}
 
 
 class Plan:
@@ -219,7 +186,7 @@ class Plan:
         Branches that outlive an abandoned run are stopped here, whatever they ask for.
         """
         if self.closed:
-            return _abandoned()
+            return abandoned()
         try:
             key = request_key(payload)
         except TypeError:  # not JSON, so it cannot have been planned
@@ -328,9 +295,3 @@ class Plan:
 
     def _publish(self, call: PlannedCall) -> None:
         self._by_key[call.template.key(self._values)].append(self._replays[call.id])
-
-
-def _abandoned() -> Replay:
-    replay = Replay()
-    replay.put(ABANDONED)
-    return replay

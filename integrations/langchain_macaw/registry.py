@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables import Runnable
 
 if TYPE_CHECKING:
-    from langchain_macaw.lowering import Lowering, Scope
+    from langchain_macaw.lowering import Lowering
 
-Lower = Callable[["Lowering", Any, Any, "Scope"], Any]
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a Runnable gets besides its input.
+
+    Attributes:
+        path: Where in the chain it is; becomes part of its calls' ids.
+        kwargs: Arguments bound to it.
+        configurable: `configurable` of its config.
+    """
+
+    path: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    configurable: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, step: str = "") -> Scope:
+        """The scope of a part of this Runnable, which gets none of its arguments."""
+        return Scope(self.path + step, {}, self.configurable)
+
+
+Lower = Callable[["Lowering", Any, Any, Scope], Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,3 +276,13 @@ def test_bug_in_planning_behind_a_step_does_not_reach_the_chain(
     assert compile(ask(llm) | RunnableLambda(lambda text: text) | ask(llm, "Then {y}")).invoke({"x": "1"})
     assert recorder.requests["chat"] == 1
     assert "Planning stopped with ZeroDivisionError" in caplog.text
+
+
+def test_chain_that_cannot_be_copied_runs_natively(
+    llm: ChatMacaw, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.modules["langchain_macaw.compile"], "watched", lambda chain: 1 / 0)
+    compiled = compile(ask(llm) | RunnableLambda(lambda text: text) | ask(llm, "Then {y}"))
+    assert compiled.invoke({"x": "1"}) == "".join(compiled.transform(iter([{"x": "1"}])))
+    assert recorder.requests["chat"] == 2
+    assert caplog.text.count("runs without reports of its client steps") == 1
