@@ -11,6 +11,7 @@ import asyncio
 import atexit
 import functools
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 import httpx
 
@@ -36,12 +37,26 @@ class PerLoopTransport(httpx.AsyncBaseTransport):
             # the pool.
             self._closers[loop] = self._close_with(loop)
             await anext(self._closers[loop])
+            self._close_before(loop)
         return await self._pools[loop].handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close this loop's connections."""
         if closer := self._closers.get(asyncio.get_running_loop()):
             await closer.aclose()
+
+    def _close_before(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Others just close the loop, as LlamaIndex does with those that it runs in threads."""
+        close = loop.close
+
+        def close_pool_and_loop() -> None:
+            if closer := self._closers.get(loop):
+                with suppress(RuntimeError):  # another loop runs in this thread
+                    loop.run_until_complete(closer.aclose())
+            close()
+
+        with suppress(AttributeError):  # a loop that is not written in Python may not take it
+            loop.close = close_pool_and_loop  # type: ignore[method-assign]
 
     async def _close_with(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None]:
         try:

@@ -361,6 +361,9 @@ def test_event_loops_come_and_go(server_url: str, recorder: Recorder) -> None:
     for _ in range(3):
         assert asyncio.run(llm.acomplete("hi")).text
         assert asyncio.run(gathered(llm.astream_complete("hi")))
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(llm.acomplete("hi")).text
+        loop.close()  # with no more ado
     transport = shared_async_client()._transport
     assert not [loop for loop in transport._pools if loop.is_closed()]  # type: ignore[attr-defined]
 
