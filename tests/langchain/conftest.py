@@ -15,10 +15,9 @@ import pytest
 # Not through tests/, where this folder would be importable as `langchain`, the name of a real package.
 sys.path.append(str(Path(__file__).parent))
 
-from scripted_macaw_server import Recorder, serving
-
 from langchain_macaw import ChatMacaw
 from langchain_macaw.lowering import warn_once
+from scripted_macaw_server import Recorder, serving
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ import httpx
 import pytest
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage
-from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile
 from macaw.connections import shared_async_client
 from macaw.protocol import ChatCompletionRequest
+from scripted_macaw_server import Recorder
 
 EVERYTHING: dict[str, Any] = {
     "temperature": 0.5,

@@ -25,13 +25,13 @@ from langchain_core.runnables import (
     RunnablePassthrough,
 )
 from langchain_core.tools import tool
-from scripted_macaw_server import Recorder
 
 import langchain_macaw
 from langchain_macaw import ChatMacaw, compile
 from langchain_macaw.compile import CompiledChain
 from langchain_macaw.lowering import Lowering
 from langchain_macaw.plan import CURRENT_PLAN
+from scripted_macaw_server import Recorder
 
 
 @pytest.fixture(autouse=True)

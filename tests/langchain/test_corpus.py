@@ -16,9 +16,9 @@ from langchain_core.load import dumps
 from langchain_core.runnables import Runnable
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.tracers.schemas import Run
-from scripted_macaw_server import Recorder
 
 from langchain_macaw import ChatMacaw, compile
+from scripted_macaw_server import Recorder
 
 _IDS = re.compile(r"(lc_)?run-+[0-9a-f-]{36}(-\d+)?|chatcmpl-\d+|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}")
 
