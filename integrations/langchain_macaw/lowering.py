@@ -200,7 +200,7 @@ class Lowering:
                 return self._texts.get(name, value)
             case Answer(Variable(name)) if texts and name in self._messages:
                 message = _convert_dict_to_message(self._messages[name])
-                return _FutureMessage(**{name: getattr(message, name) for name in ("content", "tool_calls")})
+                return _FutureMessage(**{key: getattr(message, key) for key in ("content", "tool_calls")})
             case Rendered(_, render, inner):
                 return rendered(render, self.known(inner, texts=texts))
             case dict():

@@ -137,7 +137,7 @@ class Plan:
         """Give up what is missing, and what is still to come: whoever asks for an answer gets an error."""
         with self._lock:
             self._send = None
-            self.unfinished = not self._ended and (self.unfinished or self.open or not self.ended)
+            self.unfinished = self.unfinished or (not self._ended and (self.open or not self.ended))
             self.closed = True
             replays = [*self._replays.values()]
         for replay in replays:
