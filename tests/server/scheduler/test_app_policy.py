@@ -158,7 +158,9 @@ def test_who_is_due_gives_way_no_longer():
     st.lists(st.tuples(st.integers(0, 500), st.integers(1, 200)), max_size=12),
     st.integers(1, 300),
     st.floats(1, 10),
-    st.builds(Coefficients, *[st.floats(0.01, 5)] * 2, st.floats(0, 1), st.floats(0, 0.1), st.floats(0, 0.01)),
+    st.builds(
+        Coefficients, *[st.floats(0.01, 5)] * 2, st.floats(0, 1), st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 5)
+    ),
 )
 @settings(deadline=None)
 def test_the_budget_is_used_up_and_not_exceeded(chunks, num_tokens, slowdown, coefficients):
