@@ -71,6 +71,7 @@ class StepBudget:
         if gives_way and self.limited:
             self._num_given += length
             self._left_ms -= self._cost_ms(start, length)
+            self._features = self._features.plus(start, length, num_samples=1)  # along the model's knee
 
     def _fits(self, start: int, wanted: int) -> int:
         """The most tokens, up to `wanted`, whose cost is within what is left."""

@@ -159,12 +159,7 @@ def test_who_is_due_gives_way_no_longer():
     st.integers(1, 300),
     st.floats(1, 10),
     st.builds(
-        Coefficients,
-        *[st.floats(0.01, 5)] * 2,
-        st.floats(0, 1),
-        st.floats(0, 0.1),
-        st.floats(0, 0.01),
-        beyond=st.floats(0, 5),
+        Coefficients, *[st.floats(0.01, 5)] * 2, st.floats(0, 1), st.floats(0, 0.1), st.floats(0, 0.01), st.floats(0, 5)
     ),
 )
 @settings(deadline=None)
