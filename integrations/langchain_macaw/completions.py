@@ -16,10 +16,10 @@ import httpx
 import openai
 from openai.types.chat import ChatCompletion
 
-from langchain_macaw.answers import ABANDONED, CallEvent, Replay
 from langchain_macaw.plan import CURRENT_PLAN
 from macaw.errors import error_from_wire
 from macaw.protocol import AnswerFacts, CallCompleted, CallDelta, CallFailed, ErrorBody
+from macaw.replay import ABANDONED, CallEvent, Replay
 
 _RETRIED_STATUSES = (408, 409, 429)  # by openai's client, and everything from 500
 

@@ -78,7 +78,7 @@ class RunFollower(BaseCallbackHandler):
 
     def __init__(self) -> None:
         self._runs: OrderedDict[UUID, _Run] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a garbage collection may close a stream while it is held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunFollower:
         """There is one, whoever copies a config."""

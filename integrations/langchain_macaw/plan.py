@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.runnables import Runnable
 
-from langchain_macaw.answers import ABANDONED, Replay, abandoned
 from langchain_macaw.sentinel import ESCAPED_SUFFIX, mustache_escape
 from langchain_macaw.templates import RequestTemplate, request_key
 from macaw.protocol import (
@@ -30,6 +29,7 @@ from macaw.protocol import (
     Target,
     Transform,
 )
+from macaw.replay import ABANDONED, Replay, abandoned
 
 if TYPE_CHECKING:
     from langchain_macaw.chat_models import ChatMacaw

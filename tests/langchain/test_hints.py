@@ -187,6 +187,20 @@ def test_what_never_ends_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(handler) == 5
 
 
+def test_a_stream_that_is_collected_while_a_run_begins() -> None:
+    """A garbage collection closes it, in the middle of the handler's work."""
+    handler = hints_module.RunFollower()
+    stream, run = hints_module.UUID(int=1), hints_module.UUID(int=2)
+
+    class Collecting(dict[str, Any]):
+        def get(self, *_: Any) -> Any:
+            handler.on_llm_error(GeneratorExit(), run_id=stream)
+
+    handler.on_chat_model_start(None, [], run_id=stream)
+    handler.on_chain_start(None, {}, run_id=run, metadata=Collecting({"a": 1}))
+    assert len(handler) == 1
+
+
 async def test_traces_show_nothing_of_it(model: ChatMacaw) -> None:
     class Names(BaseCallbackHandler):
         def __init__(self) -> None:

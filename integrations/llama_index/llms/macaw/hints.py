@@ -119,7 +119,7 @@ class _Group:
 
 
 _groups: dict[str, _Group] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # reentrant: a garbage collection may close a stream while it is held
 
 
 class _Place:

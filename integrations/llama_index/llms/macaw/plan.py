@@ -6,34 +6,26 @@ import json
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from macaw.errors import CancelledError
 from macaw.protocol import (
     AnyEvent,
     CallCompleted,
     CallDelta,
     CallFailed,
     CallTimings,
-    ErrorBody,
     ProgramCreated,
     ProgramFailed,
     ProgramRequest,
     TextPart,
     VariablePart,
 )
+from macaw.replay import ABANDONED, Replay
 
-CallEvent = CallDelta | CallCompleted | CallFailed
 Parts = tuple[TextPart | VariablePart, ...]
 
 _NOT_IN_KEY = ("stream", "stream_options", "macaw")  # how the answer travels and what it is for, not what it is
-_ABANDONED = CallFailed(
-    call_id="abandoned",
-    error=ErrorBody(**CancelledError("The run was abandoned before this answer was there.").to_wire()),
-    timings=CallTimings(),
-)
 
 
 def request_key(body: Mapping[str, Any], values: Mapping[str, str] | None = None) -> str:
@@ -86,45 +78,6 @@ class Join:
         return self.separator.join(text for text in stripped if text)
 
 
-class Replay:
-    """The events of one planned call, for one reader in any thread or event loop."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._lock = threading.Lock()
-        self._arrived: deque[CallEvent | None] = deque()
-        self._waiter: Future[CallEvent | None] | None = None
-        self._wants_deltas = True
-
-    def skip_deltas(self) -> None:
-        """Keep only the end: the reader wants the whole answer at once."""
-        with self._lock:
-            self._wants_deltas = False
-            self._arrived = deque(event for event in self._arrived if not isinstance(event, CallDelta))
-
-    def next(self) -> Future[CallEvent | None]:
-        """The next event, as soon as it is there; None if the stream broke before this call's end."""
-        future: Future[CallEvent | None] = Future()
-        with self._lock:
-            if self._arrived:
-                future.set_result(self._arrived.popleft())
-            else:
-                self._waiter = future
-        return future
-
-    def put(self, event: CallEvent | None) -> None:
-        """Hand an event to the reader, or keep it; nothing comes after the end."""
-        with self._lock:
-            if self.ended or (isinstance(event, CallDelta) and not self._wants_deltas):
-                return
-            self.ended = not isinstance(event, CallDelta)
-            waiter, self._waiter = self._waiter, None
-            if waiter is None or not waiter.set_running_or_notify_cancel():
-                self._arrived.append(event)
-                return
-        waiter.set_result(event)
-
-
 class Plan:
     """One program and its replay table. Written by the reader of the program's stream, read by native code.
 
@@ -142,7 +95,7 @@ class Plan:
         self.request = request
         self.program_id: str | None = None
         self.closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a garbage collection may close a stream while it is held
         self._calls = {call.id: call for call in calls}
         self._replays = {call.id: Replay() for call in calls}
         self._joins = {join.output: join for join in joins}
@@ -211,7 +164,7 @@ class Plan:
         with self._lock:
             self._by_key.clear()
         for replay in self._replays.values():
-            replay.put(_ABANDONED)
+            replay.put(ABANDONED)
 
     def _resolve(self, variable: str, text: str) -> None:
         self._values[variable] = text

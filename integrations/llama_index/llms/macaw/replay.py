@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 
-from llama_index.llms.macaw.plan import CallEvent, Replay, request_key
+from llama_index.llms.macaw.plan import request_key
 from llama_index.llms.macaw.running import CURRENT_RUN
 from macaw.errors import error_from_wire
 from macaw.protocol import CallCompleted, CallDelta, CallFailed
+from macaw.replay import CallEvent, Replay
 
 _ENDPOINTS = ("/chat/completions", "/completions")
 _BROKEN = {"message": "The connection broke before the answer was complete.", "type": "server_error", "param": None}

@@ -10,8 +10,9 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llama_index.llms.macaw.plan import Plan, Replay
+from llama_index.llms.macaw.plan import Plan
 from macaw.errors import MacawError
+from macaw.replay import Replay
 
 if TYPE_CHECKING:
     from llama_index.llms.macaw.base import Macaw

@@ -1,4 +1,4 @@
-"""The answer of one planned call, as it comes in."""
+"""The answer of one planned call, as it comes in; for adapters, which replay it to a framework."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CallEvent = CallDelta | CallCompleted | CallFailed
 
 ABANDONED = CallFailed(
     call_id="abandoned",
-    error=ErrorBody(**CancelledError("The chain's run was abandoned before this answer was there.").to_wire()),
+    error=ErrorBody(**CancelledError("The run was abandoned before this answer was there.").to_wire()),
     timings=CallTimings(),
 )
 """What is put in the place of answers that an abandoned run does not get."""
@@ -24,7 +24,8 @@ class Replay:
 
     def __init__(self) -> None:
         self.ended = False
-        self._lock = threading.Lock()
+        # Reentrant: a garbage collection under it may close the stream that reads from here.
+        self._lock = threading.RLock()
         self._arrived: deque[CallEvent | None] = deque()
         self._waiter: Future[CallEvent | None] | None = None
         self._wants_deltas = True
