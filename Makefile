@@ -32,9 +32,8 @@ check: setup ## format, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-test: check ## check, then all tests
+test: check test-llamaindex-012 ## check, then all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
-	@$(MAKE) --no-print-directory test-llamaindex-012
 
 test-llamaindex-012: $(VENV_012)/.installed ## the LlamaIndex adapter on llama-index-core 0.12, without torch
 	@$(VENV_012)/bin/python -m pytest --confcutdir=tests/llama_index_macaw \
