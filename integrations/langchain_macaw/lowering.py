@@ -287,9 +287,14 @@ class Lowering:
             return FAILS
 
     def _match(self, step: Runnable[Any, Any], value: Any) -> _Expected | None:
-        """Which run of a step that was; runs on equal values are as good as each other."""
+        """Which run of a step that was; runs on equal values are as good as each other.
+
+        What can still be planned itself is not meant as long as its value is unknown: it was another run, one that has
+        been planned.
+        """
         expected = self._still_expected(step)
-        found = next((one for one in expected if may_be(one.value, value, self._texts)), None)
+        possible = (one for one in expected if not (one.pending.retry and self._unknown_pendings(one.value)))
+        found = next((one for one in possible if may_be(one.value, value, self._texts)), None)
         if found:
             expected.remove(found)
         return found

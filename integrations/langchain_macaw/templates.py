@@ -49,11 +49,8 @@ class RequestTemplate:
         """The request of the program's call.
 
         Raises:
-            pydantic.ValidationError: A field that the protocol does not have, such as an image or a tool.
-            NotStatic: LangChain sends it by a method of `openai`'s client that is not replayed.
+            pydantic.ValidationError: A field that the protocol does not have, such as an image.
         """
-        if "response_format" in self.body:
-            raise NotStatic("A request with a response_format is sent by openai's parse().")
         # By way of JSON: the types are then those of the wire, such as string keys in logit_bias.
         if not self.variables and all(isinstance(m.get("content"), str) for m in self.body["messages"]):
             return ChatCompletionRequest.model_validate_json(_json(self.body, _not_json))

@@ -125,7 +125,8 @@ def test_a_signal_while_loading_leaves_nothing_behind(number: signal.Signals) ->
         words = process.stderr.read()  # to its end: nobody holds it open
         assert process.wait() == -number
         assert ("stopped while loading" in words) == (number != signal.SIGKILL), words
-        assert "Traceback" not in words
+        # Who is killed cannot finish what it is telling its child, and the child says so.
+        assert "Traceback" not in words or number == signal.SIGKILL
         gone, alive = psutil.wait_procs(engines, timeout=60)
         assert gone
         assert not alive
