@@ -26,6 +26,7 @@ from scripted_macaw_server import Recorder
 
 _RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _UUID = re.compile("-" + _RANDOM_ID.pattern)
+_OTHERWISE_EACH_TIME = re.compile(r", macaw={'program_id': '[^']*', 'timings': {}}| at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+")
 
 
 class _Events(BaseEventHandler):
@@ -78,14 +79,14 @@ def _payload(payload: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """What a value says, without ids and addresses."""
+    """What a value says, without ids, addresses, and which program answered when."""
     if isinstance(value, list):
         return str([_text(item) for item in value])
     if inspect.isgenerator(value) or inspect.isasyncgen(value) or hasattr(value, "response_gen"):
         return "a stream"
     if hasattr(value, "__next__") or hasattr(value, "__anext__"):
         return "a stream"
-    return _RANDOM_ID.sub("", re.sub(r" at 0x[0-9a-f]+|(chat)?cmpl-[0-9]+", "", str(value)))
+    return _RANDOM_ID.sub("", _OTHERWISE_EACH_TIME.sub("", str(value)))
 
 
 @dataclass
