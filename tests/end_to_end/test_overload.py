@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 
 import httpx
+import pytest
 
 from macaw import AsyncMacawClient, ProgramBuilder
 from macaw_server.serve import LocalServer
@@ -45,6 +46,7 @@ def chain() -> ProgramBuilder:
     return builder
 
 
+@pytest.mark.slow
 async def test_a_flood_of_one_tenant_is_refused_and_the_programs_of_another_end() -> None:
     config = {"model": "macaw-demo", "dtype": "float32", "max_model_len": 1024, "max_live_calls": LIMIT}
     with LocalServer(**config, api_key=("greedy", "modest")) as server:

@@ -234,6 +234,7 @@ def test_same(case: Case, way: str, llm: ChatMacaw, recorder: Recorder) -> None:
     assert count.ran == ran
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:astream_log is deprecated")
 @pytest.mark.parametrize("way", [way for way in ASYNC_WAYS if "exceptions" not in way])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -160,6 +160,7 @@ def test_same(case: Case, way: str, llm: ChatMacaw, recorder: Recorder) -> None:
     assert count.ran == native_count.ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ainvoke", "abatch", "astream", "atransform", "astream_events"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 async def test_same_async(case: Case, way: str, llm: ChatMacaw, recorder: Recorder) -> None:
@@ -175,7 +176,8 @@ def check(case: Case, way: str, recorder: Recorder, native: Any) -> None:
     """What the server saw of a compiled run, against the prompts of the native run."""
     assert recorder.prompts == native
     if "batch" in way:
-        assert recorder.requests["chat"] <= 2 * case.chats
+        # Inputs side by side may be taken for each other while they are unknown, which costs ordinary requests.
+        assert recorder.requests["chat"] < native.total()
         assert recorder.requests["program"] == 1
         assert recorder.requests["growth"] <= 2 * max(case.growths, 1)
     else:

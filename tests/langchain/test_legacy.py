@@ -143,7 +143,10 @@ def check(case: Case, way: str, recorder: Recorder, native: Any) -> None:
     assert recorder.prompts == native
     assert native.total() == times * case.num_calls
     assert recorder.requests["program"] == 1
-    assert recorder.requests["chat"] == times * case.chats
+    if times == 1:
+        assert recorder.requests["chat"] == case.chats
+    else:  # inputs side by side may be taken for each other while they are unknown, which costs ordinary requests
+        assert times * case.chats <= recorder.requests["chat"] < times * case.num_calls
     if times == 1:
         assert recorder.requests["growth"] == case.growths
     assert not recorder.cancelled
@@ -159,6 +162,7 @@ def test_same(case: Case, way: str, counting_llm: ChatMacaw, recorder: Recorder)
     check(case, way, recorder, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ainvoke", "astream", "astream_events"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 async def test_same_async(case: Case, way: str, counting_llm: ChatMacaw, recorder: Recorder) -> None:

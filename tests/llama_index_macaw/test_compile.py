@@ -109,6 +109,7 @@ def test_one_program_and_everything_else_as_before(
         assert recorder.requests == {"program": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("answers", ANSWERS)

@@ -25,6 +25,7 @@ from llama_index.core.workflow import Context, Event, StartEvent, StopEvent, Wor
 from llama_index_instrumentation import root_dispatcher
 
 from llama_index.llms.macaw import Macaw, hints
+from llama_index_macaw.observing import run_async
 from macaw.errors import ContextLengthError
 from scripted_macaw_server import Recorder
 
@@ -62,7 +63,7 @@ def test_a_lone_call_has_none(llm: Macaw, recorder: Recorder) -> None:
     llm.complete("hi")
     llm.chat([ChatMessage("hi")])
     list(llm.stream_complete("hi"))
-    asyncio.run(llm.acomplete("hi"))
+    run_async(llm.acomplete("hi"))
     assert recorder.requests == {"chat": 4}
     assert recorder.hints == []
 
@@ -87,7 +88,7 @@ def test_what_comes_one_after_the_other_is_no_group(llm: Macaw, seen: list[dict[
     assert [hint["stage"] for hint in seen] == [0, 1, 2, 3]
     assert not any("group" in hint for hint in seen)
     seen.clear()
-    asyncio.run(Refine(llm=llm).aget_response("What?", LONG))
+    run_async(Refine(llm=llm).aget_response("What?", LONG))
     assert [hint["stage"] for hint in seen] == [0, 1, 2, 3]
     assert not any("group" in hint for hint in seen)
 
@@ -97,7 +98,7 @@ def test_queries_at_the_same_time_are_applications_of_their_own(llm: Macaw, seen
         one = engine(llm, use_async=True)
         await asyncio.gather(one.aquery("First?"), one.aquery("Second?"))
 
-    asyncio.run(both())
+    run_async(both())
     apps = {hint["app"] for hint in seen}
     assert len(apps) == len({hint["group"] for hint in seen}) == 2
     assert all(app.startswith("RetrieverQueryEngine.aquery-") for app in apps)
@@ -106,7 +107,7 @@ def test_queries_at_the_same_time_are_applications_of_their_own(llm: Macaw, seen
 
 def test_workers_are_one_group(llm: Macaw, seen: list[dict[str, Any]]) -> None:
     """Also those that start when others have ended."""
-    asyncio.run(run_jobs([llm.acomplete(text) for text in TEXTS * 2], workers=4))
+    run_async(run_jobs([llm.acomplete(text) for text in TEXTS * 2], workers=4))
     assert len(seen) == 8
     assert {hint["group"] for hint in seen[:4]} == {seen[0]["group"]}
     assert seen[0]["group"].startswith("run_jobs-")
@@ -201,7 +202,7 @@ def test_workflow(llm: Macaw, seen: list[dict[str, Any]]) -> None:
             handler = MapReduce(llm=mapping, timeout=30).run()
             return getattr(handler, "run_id", None), await handler
 
-    run_id, result = asyncio.run(run())
+    run_id, result = run_async(run())
     assert "says" in result
     [app] = {hint["app"] for hint in seen}
     assert app == run_id or app.startswith("MapReduce.run-")
@@ -223,7 +224,7 @@ def test_query_in_a_workflow_is_part_of_its_run(llm: Macaw, seen: list[dict[str,
     async def run() -> Any:
         await Ask(timeout=30).run()
 
-    asyncio.run(run())
+    run_async(run())
     [app] = {hint["app"] for hint in seen}
     assert "RetrieverQueryEngine" not in app
     assert {hint["group_size"] for hint in seen} == {len(TEXTS)}
@@ -248,7 +249,7 @@ def test_streams_are_placed_where_they_are_called(llm: Macaw, seen: list[dict[st
             async for _ in stream:
                 pass
 
-    asyncio.run(consume())
+    run_async(consume())
     assert {hint["group_size"] for hint in seen} == {len(TEXTS)}
 
 
@@ -280,10 +281,10 @@ def test_failed_and_cancelled_requests_leave_nothing(llm: Macaw, recorder: Recor
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(cancelled())
+    run_async(cancelled())
     recorder.script = too_long
     with pytest.raises(openai.BadRequestError):
-        asyncio.run(engine(llm, use_async=True).aquery("What?"))
+        run_async(engine(llm, use_async=True).aquery("What?"))
 
 
 def test_hints_never_fail_a_request(

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 import scripted_macaw_server
 from llama_index.llms.macaw import Macaw
+from llama_index_macaw.observing import run_async
 from llama_index_macaw.ways import MESSAGES, WAYS, gathered, text_of
 from macaw.connections import shared_async_client
 from macaw.errors import ContextLengthError, EngineFailedError
@@ -124,7 +125,7 @@ def test_structured(llm: Macaw, recorder: Recorder) -> None:
     prompt = PromptTemplate("About {topic} JSON")
     answer = llm.structured_predict(Answer, prompt, topic="x")
     assert isinstance(answer, Answer)
-    assert asyncio.run(llm.astructured_predict(Answer, prompt, topic="x")) == answer
+    assert run_async(llm.astructured_predict(Answer, prompt, topic="x")) == answer
     assert list(llm.stream_structured_predict(Answer, prompt, topic="x"))[-1] == answer
     assert llm.as_structured_llm(Answer).chat([ChatMessage("About x JSON")]).raw == answer
     assert recorder.requests == {"chat": 4}
@@ -336,11 +337,11 @@ def test_copies(server_url: str, recorder: Recorder, caplog: pytest.LogCaptureFi
     """Of a model that is in use."""
     llm = Macaw(api_base=server_url, api_key="secret", top_k=3, temperature=0)
     answer = llm.complete("Hello").text
-    asyncio.run(llm.acomplete("Hello"))
+    run_async(llm.acomplete("Hello"))
     for one in (llm.model_copy(), copy.copy(llm), copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
         assert (one.top_k, one.api_key) == (3, "secret")
         assert one.complete("Hello").text == answer
-        assert asyncio.run(one.acomplete("Hello")).text == answer
+        assert run_async(one.acomplete("Hello")).text == answer
     assert "_client" not in caplog.text
 
 
@@ -359,8 +360,8 @@ def test_event_loops_come_and_go(server_url: str, recorder: Recorder) -> None:
     """Connections of a loop end with it, and the next loop has its own."""
     llm = Macaw(api_base=server_url)
     for _ in range(3):
-        assert asyncio.run(llm.acomplete("hi")).text
-        assert asyncio.run(gathered(llm.astream_complete("hi")))
+        assert run_async(llm.acomplete("hi")).text
+        assert run_async(gathered(llm.astream_complete("hi")))
         loop = asyncio.new_event_loop()
         assert loop.run_until_complete(llm.acomplete("hi")).text
         loop.close()  # with no more ado
@@ -372,7 +373,7 @@ def test_clients_that_are_not_reused(server_url: str, recorder: Recorder) -> Non
     llm = Macaw(api_base=server_url, reuse_client=False)
     for _ in range(2):
         assert llm.complete("hi").text
-        assert asyncio.run(llm.acomplete("hi")).text
+        assert run_async(llm.acomplete("hi")).text
     assert Macaw(api_base=server_url).complete("hi").text, "the shared connections are still open"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llama_index.core.llms import ChatMessage
 
 from llama_index.llms.macaw import Macaw
+from llama_index_macaw.observing import run_async
 
 MESSAGES = [ChatMessage(role="system", content="Be short."), ChatMessage(role="user", content="Hello, you")]
 
@@ -22,10 +22,10 @@ WAYS: dict[str, Callable[[Macaw], list[Any]]] = {
     "complete": lambda llm: [llm.complete("Hello, you")],
     "stream_chat": lambda llm: list(llm.stream_chat(MESSAGES)),
     "stream_complete": lambda llm: list(llm.stream_complete("Hello, you")),
-    "achat": lambda llm: [asyncio.run(llm.achat(MESSAGES))],  # type: ignore[arg-type]
-    "acomplete": lambda llm: [asyncio.run(llm.acomplete("Hello, you"))],  # type: ignore[arg-type]
-    "astream_chat": lambda llm: asyncio.run(gathered(llm.astream_chat(MESSAGES))),
-    "astream_complete": lambda llm: asyncio.run(gathered(llm.astream_complete("Hello, you"))),
+    "achat": lambda llm: [run_async(llm.achat(MESSAGES))],  # type: ignore[arg-type]
+    "acomplete": lambda llm: [run_async(llm.acomplete("Hello, you"))],  # type: ignore[arg-type]
+    "astream_chat": lambda llm: run_async(gathered(llm.astream_chat(MESSAGES))),
+    "astream_complete": lambda llm: run_async(gathered(llm.astream_complete("Hello, you"))),
 }
 
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 
+import pytest
+
 from collector import Collector
 from macaw_server.config import EngineConfig
 from macaw_server.engine.group import EngineGroup, sum_stats
@@ -26,6 +28,7 @@ def request(name: str, prompt: list[int], max_tokens: int = 8, salt: str = "") -
     return EngineRequest(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0), salt)
 
 
+@pytest.mark.slow
 async def test_kill_9_of_one_of_two_moves_its_calls_at_once(expected: dict[str, list[int]]) -> None:
     first, second = members = [EngineProcess(MEMBER) for _ in range(2)]
     group = EngineGroup(members)
@@ -55,6 +58,7 @@ async def test_kill_9_of_one_of_two_moves_its_calls_at_once(expected: dict[str, 
         assert (await first.stats()).steps > before, "it takes calls again"
 
 
+@pytest.mark.slow
 async def test_a_group_aborts_and_adds_up() -> None:
     group = EngineGroup([EngineProcess(MEMBER) for _ in range(2)])
     async with running(group) as collector:
@@ -180,6 +184,7 @@ class TestMoves:
         assert [member.heard for member in members] == [[LetGo(["p", "q"])], []]
 
 
+@pytest.mark.slow
 async def test_calls_that_move_between_real_engines_are_answered_once_and_alike() -> None:
     asked = [request(f"r{i}", list(range(9 + i, 209 + i)), 12) for i in range(16)]
     async with running(EngineThread(CONFIG)) as collector:

@@ -43,6 +43,7 @@ async def expected() -> dict[str, list[int]]:
     return result
 
 
+@pytest.mark.slow
 async def test_kill_9_is_a_delay_and_not_an_error(expected: dict[str, list[int]]) -> None:
     engine = EngineProcess(CONFIG)
     async with running(engine) as collector:

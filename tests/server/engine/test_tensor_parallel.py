@@ -95,6 +95,7 @@ async def test_two_ranks_answer_as_one(model_type: str, tmp_path: Path) -> None:
     assert stats.pages_used == 0
 
 
+@pytest.mark.slow
 async def test_random_weights_are_the_same_on_all_ranks(tmp_path: Path) -> None:
     """And those that a single rank makes of the seed."""
     save_model(tmp_path, "llama")
@@ -104,6 +105,7 @@ async def test_random_weights_are_the_same_on_all_ranks(tmp_path: Path) -> None:
     assert (await run(EngineProcess(config_of(tmp_path, 2, **dummy)), requests))[0] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_a_rank_that_dies_takes_the_engine_along_and_requests_go_on(victim: int, tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
@@ -131,6 +133,7 @@ async def test_a_rank_that_dies_takes_the_engine_along_and_requests_go_on(victim
     assert alive(after) == []
 
 
+@pytest.mark.slow
 async def test_ranks_that_cannot_load_leave_nothing_behind(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     engine = EngineProcess(config_of(tmp_path, 2, max_model_len=512, kv_memory=PAGE_BYTES))
@@ -204,6 +207,7 @@ def _run_broken_steps(seat: Seat) -> None:
         follow(_Broken(), seat)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_ends_its_rank() -> None:
     spawn = multiprocessing.get_context("spawn")
     a, b = spawn.Pipe()

@@ -117,6 +117,7 @@ def test_an_owner_is_as_urgent_as_its_most_urgent_follower():
 calls = st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(1, 8), st.sampled_from([*CallClass][:3]))
 
 
+@pytest.mark.slow
 @given(
     real=st.lists(calls, min_size=1, max_size=6),
     ahead=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30)), max_size=6),
