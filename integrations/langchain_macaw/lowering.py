@@ -77,6 +77,7 @@ class Lowering:
         self._open: set[Pending] = set()
         self._waiting: dict[Pending | Variable, list[Pending]] = defaultdict(list)
         self._expected: dict[int, list[_Expected]] = defaultdict(list)
+        self._routed: dict[int, list[Any]] = defaultdict(list)
 
     @property
     def may_grow(self) -> bool:
@@ -177,12 +178,21 @@ class Lowering:
         return bool(self._still_expected(step))
 
     def report(self, step: Runnable[Any, Any], value: Any, output: Any) -> None:
-        """A client step ran on `value`, and `output` came out."""
+        """A client step ran on `value`, and `output` came out.
+
+        What was routed is planned already: its output must not be taken for that of another run of the step.
+        """
+        routed = self._routed[id(step)]
+        for i, one in enumerate(routed):
+            if may_be(one, value, {}):
+                del routed[i]
+                return
         if expected := self._match(step, value):
             self._settle(self._resolve(expected.pending, output))
 
     def route(self, step: Runnable[Any, Any], value: Any, runnable: Runnable[Any, Any]) -> None:
         """A client step's function returned `runnable`, which will now run on `value` in its place."""
+        self._routed[id(step)].append(value)
         if expected := self._match(step, value):
             self._settle(self._resolve(expected.pending, self.lower(runnable, value, expected.scope)))
 
