@@ -32,6 +32,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index_instrumentation import root_dispatcher
 from pydantic import PrivateAttr
 
+from langchain_macaw.demo import RoundTrip
 from llama_index.llms.macaw import Macaw, compile
 from macaw import MacawClient
 from macaw.protocol import ProgramState
@@ -42,35 +43,7 @@ LEAVES = 16
 KEYS = ("plain", "compiled")
 QUESTIONS = [f"What does the text say of {topic}?" for topic in ("pages", "tokens", "steps", "clients")]
 # One token each, as LlamaIndex counts.
-WORDS = [
-    "the",
-    "a",
-    "cache",
-    "page",
-    "token",
-    "prefix",
-    "batch",
-    "step",
-    "model",
-    "server",
-    "client",
-    "engine",
-]  # one token each
-
-
-class RoundTrip(httpx.HTTPTransport):
-    """A network that is `seconds` away: every request waits that long before it is sent, and is counted."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.num_requests = 0
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send after the wait."""
-        self.num_requests += 1
-        time.sleep(self.seconds)
-        return super().handle_request(request)
+WORDS = ["the", "a", "cache", "page", "token", "prefix", "batch", "step", "model", "server", "client", "engine"]
 
 
 class FirstTokens(BaseEventHandler):

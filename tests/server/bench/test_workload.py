@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 from itertools import islice
@@ -44,7 +43,7 @@ def test_texts_have_their_length_and_follow_from_the_seed(texts: Texts) -> None:
     ("workload", "num_programs"),
     [("chain-summary", 1), ("map-reduce", 1), ("copilot", 2), ("gpts", 2), ("multi-agent", 1), ("agents", 1)],
 )
-def test_requests_and_programs_do_the_same_work(
+async def test_requests_and_programs_do_the_same_work(
     local_server: LocalServer, texts: Texts, workload: str, num_programs: int
 ) -> None:
     programs = [
@@ -56,7 +55,7 @@ def test_requests_and_programs_do_the_same_work(
         async with WorkloadClient(local_server.url, "macaw-demo", tenant, way, texts) as client:
             return await client.run(programs, timeline=True)
 
-    plain, whole = (asyncio.run(run(way, key)) for way, key in (("requests", TENANTS[0]), ("programs", TENANTS[1])))
+    plain, whole = await run("requests", TENANTS[0]), await run("programs", TENANTS[1])
     for one, other in zip(plain.outcomes, whole.outcomes, strict=True):
         assert one.answers == other.answers
         assert set(one.answers) == set(one.spec.targets)
