@@ -211,8 +211,8 @@ def vocabulary() -> Vocabulary:
 
 
 def is_prefix(grammar: str, output: str) -> bool:
-    """Whether the output can be completed, by another tokenisation of it."""
-    ids = tokenizer().encode(output, add_special_tokens=False)
+    """Whether the output, which may end within a character, can be completed, by another tokenisation of it."""
+    ids = tokenizer().encode(output.rstrip("\ufffd"), add_special_tokens=False)
     return compile_grammar(vocabulary().tokenizer, grammar).validate_tokens(ids) == len(ids)
 
 
