@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -129,9 +130,38 @@ def test_the_command(tmp_path: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+@pytest.mark.slow
+def test_the_search_for_the_rate(tmp_path: Path) -> None:
+    arguments = ["gpts", "--rate", "auto", "--slo-ms", "30", "--probe-s", "0.2", "--programs", "4", "--repeat", "1"]
+    server = ["--", "--threads", "1", "--kv-memory", "16MiB", "--max-model-len", "512"]
+    result = CliRunner().invoke(
+        app, ["bench", *arguments, "--scale", "0.01", "--rtt-ms", "0", "--out", str(tmp_path), *server]
+    )
+    assert result.exit_code == 0, result.output
+    assert "min at most" in result.output
+    (found,) = json.loads((tmp_path / "results.json").read_text())["rates"]
+    assert [summary["side"] for summary in found["summaries"]] == ["requests", "macaw"]
+    assert found["slo"] == {"token_ms": 30.0, "share": 0.9}
+    for rounds in found["rounds"].values():
+        assert len(rounds) == 1
+        for one in rounds:
+            assert one["rate"] == max((p["rate"] for p in one["probes"] if p["sustained"]), default=0)
+            for tried in one["probes"]:
+                assert tried["num_programs"] == max(4, math.ceil(tried["rate"] * 0.2))
+    assert (tmp_path / "gpts-0ms-rates.png").exists()
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "sustained with 90% of the programs within 30 ms/token" in page
+    assert "sustained with 90%" in (tmp_path / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--rate", "fast"], "programs per second with commas are accepted, such as 1,2,4, or auto"),
+        (["--rate", "auto"], "--rate auto needs --slo-ms"),
+        (["--rate", "auto", "--slo-ms", "0"], "--slo-ms 0 was given; it must be above 0"),
+        (["--rate", "auto", "--slo-ms", "9", "--slo-share", "90"], "a share above 0 up to 1 is accepted"),
         (["--rtt-ms", "fast"], "numbers with commas are accepted"),
         (["--ablate", "magic"], "--ablate magic was given"),
         (["--scale", "0"], "A scale of 0.0 leaves no tokens"),

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from macaw import AsyncMacawClient, MacawError
+from macaw import AsyncMacawClient, MacawError, OverloadedError
 from macaw._sse import SSEDecoder
 from macaw.builder import ProgramBuilder, Ref
 from macaw.protocol import (
@@ -24,13 +24,15 @@ from macaw.protocol import (
     ProgramFailed,
 )
 from macaw.timeline import Timeline
-from macaw_server.bench.errors import BenchError
+from macaw_server.bench.errors import BenchError, RefusedError
 from macaw_server.bench.workload.records import Outcome, Run
 from macaw_server.bench.workload.texts import Texts
-from macaw_server.workloads import CallSpec, Output, ProgramSpec
+from macaw_server.workloads import CallSpec, Output, ProgramSpec, Text
 
 Way = Literal["requests", "programs"]
 TIMEOUT_S = 1800.0
+OVERLOADED = (429, 503)
+"""What servers answer while they have a full queue."""
 # What both ways ask for: the same number of tokens, the same tokens.
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
@@ -99,20 +101,32 @@ class WorkloadClient:
             picture = Timeline(await self._macaw.get_program(slowest.program_id)).to_svg()
         return Run(outcomes, picture)
 
-    def _now_s(self) -> float:
+    def start(self, programs: Sequence[ProgramSpec]) -> list[asyncio.Task[Outcome]]:
+        """Send every program when it arrives, each in a task of its own that the caller waits for or cancels.
+
+        A task raises `BenchError`: `RefusedError` where the server's queue is full.
+        """
+        for part in {part for spec in programs for call in spec.calls for part in call.parts if isinstance(part, Text)}:
+            self._texts[part]  # made before the clock runs: at a high rate this client must not be what is slow
+        self._epoch_s = time.perf_counter()
+        return [asyncio.create_task(self._run_program(spec)) for spec in programs]
+
+    @property
+    def now_s(self) -> float:
+        """Since the start."""
         return time.perf_counter() - self._epoch_s
 
     async def _run_program(self, spec: ProgramSpec) -> Outcome:
         await asyncio.sleep(spec.arrival_s)
-        outcome = Outcome(spec, started_s=self._now_s())
+        outcome = Outcome(spec, started_s=self.now_s)
         try:
             if self._way == "requests":
                 await self._as_requests(outcome)
             else:
                 await self._as_program(outcome)
-        except (httpx.HTTPError, MacawError) as e:
-            raise BenchError(f"{self._url} failed on program {spec.id}: {type(e).__name__}: {e}") from e
-        outcome.ended_s = self._now_s()
+        except (httpx.HTTPError, MacawError, BenchError, ExceptionGroup) as e:
+            raise self._error(spec, e) from e
+        outcome.ended_s = self.now_s
         expected = sum(call.output_len for call in spec.calls)
         if outcome.output_tokens != expected:
             raise BenchError(
@@ -121,6 +135,15 @@ class WorkloadClient:
                 "hold the prompts (--scale makes them shorter)."
             )
         return outcome
+
+    def _error(self, spec: ProgramSpec, error: Exception) -> BenchError:
+        """The first that went wrong: calls of a program run in groups, and an error of one is an error of its group."""
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, BenchError):
+            return error
+        kind = RefusedError if isinstance(error, OverloadedError) else BenchError
+        return kind(f"{self._url} failed on program {spec.id}: {type(error).__name__}: {error}")
 
     async def _as_requests(self, outcome: Outcome) -> None:
         """What an application does with an OpenAI client: it sends a call as soon as it has what goes into it."""
@@ -154,7 +177,8 @@ class WorkloadClient:
         async with self._http.stream("POST", url, json=body, headers=self._headers) as response:
             if response.is_error:
                 text = (await response.aread()).decode(errors="replace")
-                raise BenchError(f"{self._url} answered {response.status_code}: {text[:500]}")
+                kind = RefusedError if response.status_code in OVERLOADED else BenchError
+                raise kind(f"{self._url} answered {response.status_code}: {text[:500]}")
             async for data in response.aiter_raw():
                 for event in decoder.feed(data):
                     if event.data == "[DONE]":
@@ -172,7 +196,7 @@ class WorkloadClient:
 
     def _on_text(self, outcome: Outcome, call_id: str) -> None:
         if not outcome.first_token_s and call_id in outcome.spec.targets:
-            outcome.first_token_s = self._now_s()
+            outcome.first_token_s = self.now_s
 
     async def _as_program(self, outcome: Outcome) -> None:
         """The whole graph in one piece; what a tool or a person has to come before is added when that is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,10 +22,23 @@ WORKLOADS = {
 }
 
 
+_NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*")
+
+
 def _numbers(text: str) -> tuple[float, ...]:
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", text):
+    if not _NUMBERS.fullmatch(text):
         raise typer.BadParameter(f"{text!r} was given; numbers with commas are accepted, such as 0,50,250.")
     return tuple(float(number) for number in text.split(","))
+
+
+def _rates(text: str) -> tuple[float, ...] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not _NUMBERS.fullmatch(text):
+        raise typer.BadParameter(
+            f"{text!r} was given; programs per second with commas are accepted, such as 1,2,4, or auto."
+        )
+    return _numbers(text)
 
 
 def register(app: typer.Typer) -> None:
@@ -44,9 +57,17 @@ def _command(workloads: list[str]) -> Any:
         model: Annotated[str, typer.Option(help="Local folder, hub name, or macaw-demo.")] = "macaw-demo",
         dtype: Annotated[str, typer.Option(help="Of the model, on all sides.")] = "float32",
         scale: Annotated[float, typer.Option(help="Factor of all lengths.")] = 0.05,
-        programs: Annotated[int | None, typer.Option(min=1, help="Of the first kind; default: the workload's.")] = None,
+        programs: Annotated[
+            int | None,
+            typer.Option(min=1, help="Of the first kind; default: the workload's; with --rate auto: 20 at least."),
+        ] = None,
         rate: Annotated[
-            Any, typer.Option(parser=_numbers, metavar="R,R", help="Programs per second; several: rising load.")
+            Any,
+            typer.Option(
+                parser=_rates,
+                metavar="R,R|auto",
+                help="Programs per second; several: rising load; auto: find the highest that each side sustains.",
+            ),
         ] = None,
         speed: Annotated[
             float, typer.Option(help="Arrivals and the client's own gaps are so many times faster.")
@@ -66,13 +87,20 @@ def _command(workloads: list[str]) -> Any:
         slo_ms: Annotated[
             float | None, typer.Option("--slo-ms", help="Allowed latency per output token of a program: goodput.")
         ] = None,
+        slo_share: Annotated[
+            float, typer.Option(help="With --rate auto: share of programs within --slo-ms at a rate that is sustained.")
+        ] = 0.9,
+        probe_s: Annotated[
+            float, typer.Option("--probe-s", help="With --rate auto: seconds of arrivals at each rate that is tried.")
+        ] = 20.0,
         seed: Annotated[int, typer.Option(help="Of the programs and their texts.")] = 0,
         out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write JSON, Markdown and pictures here.")] = None,
     ) -> None:
         from macaw_server.bench.errors import BenchError
-        from macaw_server.bench.workload.pictures import write_pictures
-        from macaw_server.bench.workload.report import TABLE_WIDTH
+        from macaw_server.bench.workload.pictures import check_matplotlib, write_pictures
+        from macaw_server.bench.workload.probe import Slo
         from macaw_server.bench.workload.run import BenchOptions, run
+        from macaw_server.bench.workload.sustain import SearchOptions
         from macaw_server.errors import StartupError
         from macaw_server.workloads import WorkloadOptions
 
@@ -80,11 +108,24 @@ def _command(workloads: list[str]) -> Any:
         try:
             if speed <= 0:
                 raise BenchError(f"--speed {speed:g} was given; it must be above 0.")
+            if slo_ms is not None and slo_ms <= 0:
+                raise BenchError(f"--slo-ms {slo_ms:g} was given; it must be above 0.")
+            search = None
+            if rate == "auto":
+                if slo_ms is None:
+                    raise BenchError(
+                        "--rate auto needs --slo-ms, the allowed latency per output token of a program: some times "
+                        "what ms/token says in a run at low load, such as --rate 0.1 --programs 5."
+                    )
+                search = SearchOptions(Slo(slo_ms, slo_share), probe_s, programs or 20, speed)
+            if out is not None:
+                check_matplotlib()
+                out.mkdir(parents=True, exist_ok=True)
             report = run(
                 BenchOptions(
                     workloads=workloads,
                     options=WorkloadOptions(seed=seed, scale=scale, num_programs=programs, background=background),
-                    rates=rate or (None,),
+                    rates=(None,) if search else rate or (None,),
                     speed=speed,
                     rtts_ms=rtt_ms,
                     model=model,
@@ -94,18 +135,16 @@ def _command(workloads: list[str]) -> Any:
                     ablate=ablate.split(",") if ablate else (),
                     num_rounds=repeat,
                     slo_token_ms=slo_ms,
+                    search=search,
                 ),
                 console,
             )
-            wide = Console(highlight=False)
-            wide.width = max(wide.width, TABLE_WIDTH)
-            report.print(wide)
+            report.print(Console(highlight=False))
             if out is not None:
-                out.mkdir(parents=True, exist_ok=True)
                 (out / "results.json").write_text(report.as_json(), encoding="utf-8")
                 (out / "results.md").write_text(report.as_markdown(), encoding="utf-8")
                 write_pictures(report, out)
-        except (BenchError, StartupError, ValueError) as e:
+        except (BenchError, StartupError, OSError, ValueError) as e:
             console.print(f"[red]error:[/] {escape(str(e))}")
             raise typer.Exit(1) from e
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 from rich.console import Console
 from rich.table import Table
 
 from macaw_server.bench.report import Spread
+from macaw_server.bench.workload.rates import RATE_COLUMNS, RateResult
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.summary import AppSummary, summarize
 from macaw_server.simulate.report import short
@@ -26,8 +27,6 @@ COLUMNS = (
     "cached",
     "gain",
 )
-TABLE_WIDTH = 150
-"""Characters; a narrower console cuts cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,16 @@ class CaseResult:
         name: With its distance and load.
         rounds: Runs by side, the baseline's first.
         equal_share: Of the programs, whose answers were the same on all of Macaw's sides.
+        series: The name without the load; empty where that is the workload's own.
+        rate: Programs per second of the load, where one was given.
     """
 
     workload: str
     name: str
     rounds: dict[str, list[Run]]
     equal_share: float
+    series: str = ""
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,27 @@ class WorkloadReport:
         results: By case, in the order of measuring.
         facts: Command, commit, machine and the like.
         slo_token_ms: Allowed latency per output token of a program; None: no goodput.
+        rates: By case, the rates that the sides sustain, where they were searched.
     """
 
     results: list[CaseResult]
     facts: dict[str, str]
     slo_token_ms: float | None = None
+    rates: list[RateResult] = field(default_factory=list)
 
     @cached_property
     def summaries(self) -> dict[str, list[AppSummary]]:
         """Of each case, by app and side."""
         return {result.name: summarize(result.rounds, self.slo_token_ms) for result in self.results}
+
+    @property
+    def ladders(self) -> dict[str, list[CaseResult]]:
+        """Cases that differ in their load alone, at least two, by what they have in common."""
+        series: dict[str, list[CaseResult]] = {}
+        for result in self.results:
+            if result.rate:
+                series.setdefault(result.series, []).append(result)
+        return {name: sorted(cases, key=lambda c: c.rate or 0.0) for name, cases in series.items() if len(cases) > 1}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -81,7 +95,14 @@ class WorkloadReport:
             for i, summary in enumerate(summaries):
                 last = i + 1 == len(summaries) or summaries[i + 1].app != summary.app
                 table.add_row(*self.cells(summary), end_section=last)
-            console.print(table)
+            _print_whole(console, table)
+        for found in self.rates:
+            table = Table(title=found.title)
+            for column in RATE_COLUMNS:
+                table.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
+            for side in found.summaries:
+                table.add_row(*found.cells(side))
+            _print_whole(console, table)
         for name, value in self.facts.items():
             console.print(f"{name:8} {value}", markup=False, soft_wrap=True)
 
@@ -92,10 +113,14 @@ class WorkloadReport:
             lines += ["", f"### {result.name}", "", f"| {' | '.join(self.columns)} |"]
             lines.append("|---|---" + "|--:" * (len(self.columns) - 2) + "|")
             lines += [f"| {' | '.join(self.cells(summary))} |" for summary in self.summaries[result.name]]
+        for found in self.rates:
+            lines += ["", f"### {found.title}", "", f"| {' | '.join(RATE_COLUMNS)} |"]
+            lines.append("|---" + "|--:" * (len(RATE_COLUMNS) - 1) + "|")
+            lines += [f"| {' | '.join(found.cells(side))} |" for side in found.summaries]
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> str:
-        """Facts, summaries, and every program of every round."""
+        """Facts, summaries, every program of every round, and every rate that was tried."""
         cases = [
             {
                 "name": result.name,
@@ -109,7 +134,8 @@ class WorkloadReport:
             }
             for result in self.results
         ]
-        return json.dumps({"facts": self.facts, "cases": cases}, indent=1)
+        rates = [found.as_json() for found in self.rates]
+        return json.dumps({"facts": self.facts, "cases": cases, "rates": rates}, indent=1)
 
     def cells(self, s: AppSummary) -> tuple[str, ...]:
         """In the order of the columns."""
@@ -126,6 +152,13 @@ class WorkloadReport:
             _gain(s.gain),
         )
         return cells if s.slo_share is None else (*cells, f"{s.slo_share:.0%}")
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A narrow terminal wraps the lines, and no cell is cut."""
+    needed = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def _gain(gain: Spread | None) -> str:

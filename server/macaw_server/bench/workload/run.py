@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -19,9 +20,12 @@ from macaw_server.bench.errors import BenchError
 from macaw_server.bench.facts import command, commit, load, machine
 from macaw_server.bench.server import started
 from macaw_server.bench.workload.clients import WorkloadClient
+from macaw_server.bench.workload.probe import Probe, probe
+from macaw_server.bench.workload.rates import RateResult
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.report import CaseResult, WorkloadReport
 from macaw_server.bench.workload.sides import Side, choose_sides
+from macaw_server.bench.workload.sustain import SearchOptions, programs_at, sample, search_rates
 from macaw_server.bench.workload.texts import Texts
 from macaw_server.config import EngineConfig
 from macaw_server.models.loader import load_tokenizer
@@ -39,6 +43,7 @@ class BenchOptions:
         workloads: Names.
         rates: Of the first stream's programs, per second; None is the workload's own.
         speed: Arrivals and the client's gaps are so many times faster.
+        search: The highest rates are searched that the sides sustain, and `rates` is the one None; None: they are not.
     """
 
     workloads: Sequence[str]
@@ -53,6 +58,7 @@ class BenchOptions:
     ablate: Sequence[str]
     num_rounds: int
     slo_token_ms: float | None
+    search: SearchOptions | None = None
 
 
 class Case(NamedTuple):
@@ -65,7 +71,12 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """For tables and files."""
-        return f"{self.workload}, {self.rtt_ms:g} ms" + (f", {self.rate:g}/s" if self.rate is not None else "")
+        return self.series + (f", {self.rate:g}/s" if self.rate is not None else "")
+
+    @property
+    def series(self) -> str:
+        """Without the load."""
+        return f"{self.workload}, {self.rtt_ms:g} ms"
 
 
 def run(options: BenchOptions, console: Console) -> WorkloadReport:
@@ -76,14 +87,23 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
         StartupError: No such model.
     """
     sides = choose_sides(options.ablate, options.peer)
+    search = options.search
     cases = [Case(*values) for values in product(options.workloads, options.rtts_ms, options.rates)]
-    # Every run is a tenant of its own, so that each begins with a cold cache on a warm server.
-    keys = {(case, i): secrets.token_hex(16) for case in cases for i in range(-1, options.num_rounds)}
+    # Every run is a tenant of its own, so that each begins with a cold cache on a warm server. A search is one tenant:
+    # what programs share is in the cache, as it is when a rate is kept up for long.
+    runs = () if search else range(options.num_rounds)
+    keys = {(case, i): secrets.token_hex(16) for case in cases for i in (-1, *runs)}
     facts = {"command": command([]), "commit": commit(), "machine": machine(), "load": load()}
     facts["lengths"] = f"{options.options.scale:g} of the published ones; arrivals and gaps {options.speed:g}x as fast"
     texts = Texts(load_tokenizer(EngineConfig(model=options.model)), options.options.seed)
-    with ExitStack() as stack, _progress(console) as progress:
-        bar = progress.add_task("", total=len(keys) * len(sides))
+    if search:
+        minutes = len(sides) * len(cases) * search.limit_s(options.num_rounds) / 60
+        console.print(
+            f"Searching the rates that {len(sides)} sides sustain, {options.num_rounds} times, in {len(cases)} "
+            f"case{'s'[: len(cases) > 1]}: it takes {minutes:.0f} min at most, and a third of that as a rule."
+        )
+    with ExitStack() as stack, _progress(console, timed=search is not None) as progress:
+        bar = progress.add_task("", total=len(sides) * (_seconds(options) * len(cases) if search else len(keys)))
         servers = {}
         for side in sides:
             progress.update(bar, description=f"starting: {side.name}")
@@ -91,15 +111,78 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
             servers[side] = (url, _model_name(url, next(iter(keys.values()))))
 
+        def client(side: Side, case: Case, i: int) -> WorkloadClient:
+            return WorkloadClient(*servers[side], keys[case, i], side.way, texts, case.rtt_ms / 1000)
+
         def on_side(side: Side, case: Case, i: int, programs: Sequence[ProgramSpec]) -> Run:
             progress.update(bar, description=f"{case.name}: {side.name}")
-            client = WorkloadClient(*servers[side], keys[case, i], side.way, texts, case.rtt_ms / 1000)
-            result = asyncio.run(_run(client, programs, timeline=i == options.num_rounds - 1))
-            progress.advance(bar)
+            result = asyncio.run(_run(client(side, case, i), programs, timeline=i == options.num_rounds - 1))
+            progress.advance(bar, 0 if search else 1)
             return result
 
-        results = [_run_case(case, sides, options, on_side) for case in cases]
-    return WorkloadReport(results, facts, options.slo_token_ms)
+        if search is None:
+            results = [_run_case(case, sides, options, on_side) for case in cases]
+            return WorkloadReport(results, facts, options.slo_token_ms)
+
+        def try_rate(side: Side, case: Case, rate: float, i: int, number: int) -> Probe:
+            progress.update(bar, description=f"{case.name}: {side.name} at {rate:.3g}/s, round {i + 1}")
+            programs = programs_at(case.workload, options.options, search, rate, i, str(number))
+            programs = [_faster(spec, options.speed) for spec in programs]
+            return asyncio.run(_probe(client(side, case, -1), programs, rate, search))
+
+        return WorkloadReport(
+            [],
+            facts,
+            options.slo_token_ms,
+            [_search_case(case, sides, options, on_side, try_rate, partial(progress.advance, bar)) for case in cases],
+        )
+
+
+def _search_case(
+    case: Case,
+    sides: Sequence[Side],
+    options: BenchOptions,
+    on_side: Callable[[Side, Case, int, list[ProgramSpec]], Run],
+    try_rate: Callable[[Side, Case, float, int, int], Probe],
+    on_time: Callable[[float], None],
+) -> RateResult:
+    """A few programs to warm up, to compare the answers and to guess where to begin, then the search."""
+    assert options.search is not None
+    programs = [_faster(spec, options.speed) for spec in sample(case.workload, options.options, NUM_CHECKED)]
+    checked, equal = _check(case, sides, options, on_side, programs)
+    by_name = {side.name: side for side in sides}
+    # Half of what a side did when it was asked for some at once, with nothing in its cache.
+    starts = {side.name: len(programs) / 2 / max(o.ended_s for o in run.outcomes) for side, run in checked.items()}
+    found = search_rates(
+        starts,
+        options.search,
+        options.num_rounds,
+        lambda side, rate, i, number: try_rate(by_name[side], case, rate, i, number),
+        on_time,
+    )
+    return RateResult(case.workload, case.name, options.search, found, equal)
+
+
+def _check(
+    case: Case,
+    sides: Sequence[Side],
+    options: BenchOptions,
+    on_side: Callable[[Side, Case, int, list[ProgramSpec]], Run],
+    programs: list[ProgramSpec],
+) -> tuple[dict[Side, Run], float]:
+    """Run `programs` on all sides and compare the answers; gives the runs, and how many answers are the same.
+
+    Raises:
+        BenchError: Answers differ that must not.
+    """
+    checked = {side: on_side(side, case, -1, programs) for side in sides}
+    equal = _share_equal([run for side, run in checked.items() if side.url is None])
+    if equal < 1 and options.dtype == "float32":
+        raise BenchError(
+            f"{case.name}: the sides' answers differ ({equal:.0%} of {len(programs)} programs agree), though all of "
+            "them take the likeliest token in float32. What they do cannot be compared; this is a bug of Macaw."
+        )
+    return checked, equal
 
 
 def _run_case(
@@ -112,22 +195,16 @@ def _run_case(
     programs = [
         _faster(spec, options.speed) for spec in make_workload(case.workload, replace(options.options, rate=case.rate))
     ]
-    sample = [replace(spec, arrival_s=0.0) for spec in programs[:NUM_CHECKED]]
+    _check(case, sides, options, on_side, [replace(spec, arrival_s=0.0) for spec in programs[:NUM_CHECKED]])
     own = [side for side in sides if side.url is None]
-    checked = {side: on_side(side, case, -1, sample) for side in sides}
-    equal = _share_equal([checked[side] for side in own])
-    if equal < 1 and options.dtype == "float32":
-        raise BenchError(
-            f"{case.name}: the sides' answers differ ({equal:.0%} of {len(sample)} programs agree), though all of them "
-            "take the likeliest token in float32. What they do cannot be compared; this is a bug of Macaw."
-        )
     rounds: dict[str, list[Run]] = {side.name: [] for side in sides}
     for i in range(options.num_rounds):
         # Who goes first changes from round to round.
         for side in [*sides[i % len(sides) :], *sides[: i % len(sides)]]:
             rounds[side.name].append(on_side(side, case, i, programs))
     every = [[rounds[side.name][i] for side in own] for i in range(options.num_rounds)]
-    return CaseResult(case.workload, case.name, rounds, statistics.fmean(map(_share_equal, every)))
+    equal = statistics.fmean(map(_share_equal, every))
+    return CaseResult(case.workload, case.name, rounds, equal, case.series, case.rate)
 
 
 def _faster(spec: ProgramSpec, speed: float) -> ProgramSpec:
@@ -147,6 +224,17 @@ async def _run(client: WorkloadClient, programs: Sequence[ProgramSpec], *, timel
         return await client.run(programs, timeline=timeline)
 
 
+async def _probe(client: WorkloadClient, programs: Sequence[ProgramSpec], rate: float, search: SearchOptions) -> Probe:
+    async with client:
+        return await probe(client, programs, rate, search.slo)
+
+
+def _seconds(options: BenchOptions) -> float:
+    """Of all rounds of one side's search, at most."""
+    assert options.search is not None
+    return sum(map(options.search.budget_s, range(options.num_rounds)))
+
+
 def _model_name(url: str, api_key: str) -> str:
     """The first model that a server lists."""
     try:
@@ -160,6 +248,7 @@ def _model_name(url: str, api_key: str) -> str:
         ) from e
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+def _progress(console: Console, *, timed: bool) -> Progress:
+    """A bar; `timed`: its total is the seconds that it may take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), *(() if timed else (MofNCompleteColumn(),)))
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
