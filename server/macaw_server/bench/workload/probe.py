@@ -29,9 +29,9 @@ class Slo(NamedTuple):
     token_ms: float
     share: float
 
-    def deadline_s(self, spec: ProgramSpec) -> float:
-        """After the start of the run; a program that has not ended by then is late."""
-        return spec.arrival_s + self.token_ms / 1000 * sum(call.output_len for call in spec.calls)
+    def allowed_s(self, spec: ProgramSpec) -> float:
+        """From the arrival; a program that takes longer is late."""
+        return self.token_ms / 1000 * sum(call.output_len for call in spec.calls)
 
     def allowed_late(self, num_programs: int) -> int:
         """Of so many programs of one app."""
@@ -92,10 +92,10 @@ async def probe(client: WorkloadClient, programs: Sequence[ProgramSpec], rate: f
             server refuses because its queue is full is late, no error.
     """
     watch = _Watch(client.start(programs), programs, slo)
-    patience_s = max(slo.deadline_s(spec) - spec.arrival_s for spec in programs)
+    last_s = max(spec.arrival_s + slo.allowed_s(spec) for spec in programs)
     try:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(watch.over.wait(), max(map(slo.deadline_s, programs)) + patience_s)
+            await asyncio.wait_for(watch.over.wait(), last_s + max(map(slo.allowed_s, programs)))
         ended_s = client.now_s
     finally:
         await watch.stop()
@@ -117,7 +117,9 @@ class _Watch:
         self._cut_off: set[int] = set()
         self._num_left = {app: slo.allowed_late(num) for app, num in Counter(map(_app, programs)).items()}
         loop = asyncio.get_running_loop()
-        self._timers = [loop.call_later(slo.deadline_s(spec), self._add_late, i) for i, spec in enumerate(programs)]
+        self._timers = [
+            loop.call_later(spec.arrival_s + slo.allowed_s(spec), self._add_late, i) for i, spec in enumerate(programs)
+        ]
         for i, task in enumerate(tasks):
             task.add_done_callback(partial(self._on_end, i))
 
@@ -136,7 +138,7 @@ class _Watch:
         self._num_running -= 1
         self._timers[i].cancel()
         error = task.exception()
-        if error or task.result().ended_s > self._slo.deadline_s(self._programs[i]):
+        if error or task.result().latency_s > self._slo.allowed_s(self._programs[i]):
             self._add_late(i)
         if not self._num_running or (error and not isinstance(error, RefusedError)):
             self.over.set()

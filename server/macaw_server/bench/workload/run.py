@@ -97,10 +97,10 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
     facts["lengths"] = f"{options.options.scale:g} of the published ones; arrivals and gaps {options.speed:g}x as fast"
     texts = Texts(load_tokenizer(EngineConfig(model=options.model)), options.options.seed)
     if search:
-        minutes = len(sides) * len(cases) * search.limit_s(options.num_rounds) / 60
+        minutes = len(sides) * sum(_limit_s(case, search, options) for case in cases) / 60
         console.print(
             f"Searching the rates that {len(sides)} sides sustain, {options.num_rounds} times, in {len(cases)} "
-            f"case{'s'[: len(cases) > 1]}: it takes {minutes:.0f} min at most, and a third of that as a rule."
+            f"case{'s'[: len(cases) > 1]}: it takes {minutes:.0f} min at most, and half of that as a rule."
         )
     with ExitStack() as stack, _progress(console, timed=search is not None) as progress:
         bar = progress.add_task("", total=len(sides) * (_seconds(options) * len(cases) if search else len(keys)))
@@ -233,6 +233,12 @@ def _seconds(options: BenchOptions) -> float:
     """Of all rounds of one side's search, at most."""
     assert options.search is not None
     return sum(map(options.search.budget_s, range(options.num_rounds)))
+
+
+def _limit_s(case: Case, search: SearchOptions, options: BenchOptions) -> float:
+    """Of one side's search in all rounds, at most."""
+    programs = programs_at(case.workload, options.options, search, search.floor, 0, "")
+    return search.limit_s(options.num_rounds, max(map(search.slo.allowed_s, programs)))
 
 
 def _model_name(url: str, api_key: str) -> str:

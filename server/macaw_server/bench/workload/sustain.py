@@ -48,9 +48,14 @@ class SearchOptions:
         """Of a side in round `i`: when it is used up no other probe begins."""
         return self.probe_s * (NEXT_BUDGET if i else FIRST_BUDGET)
 
-    def limit_s(self, num_rounds: int) -> float:
-        """Of one side's probes in all rounds; the last one of each may begin when the budget is all but used up."""
-        return sum(self.budget_s(i) + MAX_STRETCH * self.probe_s for i in range(num_rounds))
+    def limit_s(self, num_rounds: int, allowed_s: float) -> float:
+        """Of one side's probes in all rounds; the last of each may begin when the budget is all but used up.
+
+        Args:
+            num_rounds: How many.
+            allowed_s: A program of the workload has so long before it is late, at most.
+        """
+        return sum(self.budget_s(i) + MAX_STRETCH * self.probe_s + 2 * allowed_s for i in range(num_rounds))
 
 
 @dataclass(frozen=True, slots=True)
