@@ -25,8 +25,8 @@ class Side(NamedTuple):
     url: str | None = None
 
 
-BASELINE = Side("requests", "requests", ("--policy", "fcfs"))
-"""What a user has today: each call a request, first come first served, with prefix caching and continuous batching."""
+BASELINE = Side("requests", "requests", ("--policy", "fcfs", "--eviction", "lru"))
+"""What a user has today: each call a request, first come first served, with an LRU prefix cache and continuous batching."""
 MACAW = Side("macaw", "programs")
 
 SWITCHES: dict[str, Side] = {
