@@ -39,12 +39,13 @@ def test_texts_have_their_length_and_follow_from_the_seed(texts: Texts) -> None:
     assert texts[part] != texts[other]
 
 
+@pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize(
     ("workload", "num_programs"),
     [("chain-summary", 1), ("map-reduce", 1), ("copilot", 2), ("gpts", 2), ("multi-agent", 1), ("agents", 1)],
 )
 async def test_requests_and_programs_do_the_same_work(
-    local_server: LocalServer, texts: Texts, workload: str, num_programs: int
+    local_server: LocalServer, texts: Texts, workload: str, num_programs: int, chat: bool
 ) -> None:
     programs = [
         replace(spec, arrival_s=0.0, calls=tuple(replace(call, gap_s=min(call.gap_s, 0.001)) for call in spec.calls))
@@ -52,7 +53,7 @@ async def test_requests_and_programs_do_the_same_work(
     ]
 
     async def run(way: Way, tenant: str) -> Run:
-        async with WorkloadClient(local_server.url, "macaw-demo", tenant, way, texts) as client:
+        async with WorkloadClient(local_server.url, "macaw-demo", tenant, way, texts, chat=chat) as client:
             return await client.run(programs, timeline=True)
 
     plain, whole = await run("requests", TENANTS[0]), await run("programs", TENANTS[1])
@@ -65,6 +66,13 @@ async def test_requests_and_programs_do_the_same_work(
         assert 0 < other.first_token_s <= other.ended_s
     assert not plain.timeline
     assert whole.timeline.startswith("<svg")
+
+
+async def test_a_failed_call_is_told_as_such(local_server: LocalServer, texts: Texts) -> None:
+    spec = ProgramSpec("p", "app", 0.0, (CallSpec("a", (Text("t", 3),), 4),), ("a",))
+    async with WorkloadClient(local_server.url, "no-such-model", TENANTS[0], "requests", texts) as client:
+        with pytest.raises(BenchError, match="no-such-model"):
+            await client.run([spec])
 
 
 def test_what_waits_for_a_gap_comes_later() -> None:

@@ -89,11 +89,14 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             progress.update(bar, description=f"starting: {side.name}")
             flags = [*options.serve_flags, *side.flags, *(f"--api-key={key}" for key in keys.values())]
             url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
-            servers[side] = (url, _model_name(url, next(iter(keys.values()))))
+            servers[side] = (url, _model(url, next(iter(keys.values()))))
 
         def on_side(side: Side, case: Case, i: int, programs: Sequence[ProgramSpec]) -> Run:
             progress.update(bar, description=f"{case.name}: {side.name}")
-            client = WorkloadClient(*servers[side], keys[case, i], side.way, texts, case.rtt_ms / 1000)
+            url, model = servers[side]
+            client = WorkloadClient(
+                url, model.name, keys[case, i], side.way, texts, chat=model.chat, rtt_s=case.rtt_ms / 1000
+            )
             result = asyncio.run(_run(client, programs, timeline=i == options.num_rounds - 1))
             progress.advance(bar)
             return result
@@ -147,12 +150,20 @@ async def _run(client: WorkloadClient, programs: Sequence[ProgramSpec], *, timel
         return await client.run(programs, timeline=timeline)
 
 
-def _model_name(url: str, api_key: str) -> str:
-    """The first model that a server lists."""
+class _Model(NamedTuple):
+    """Its name, and whether it takes chats."""
+
+    name: str
+    chat: bool
+
+
+def _model(url: str, api_key: str) -> _Model:
+    """The first model that a server lists; who does not say takes chats."""
     try:
         response = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {api_key}"})
         response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
+        model = response.json()["data"][0]
+        return _Model(str(model["id"]), bool(model.get("has_chat_template", True)))
     except (httpx.HTTPError, ValueError, LookupError) as e:
         raise BenchError(
             f"{url}/v1/models does not list a model ({type(e).__name__}: {e}). "

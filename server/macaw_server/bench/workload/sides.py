@@ -26,7 +26,7 @@ class Side(NamedTuple):
 
 
 BASELINE = Side("requests", "requests", ("--policy", "fcfs", "--eviction", "lru"))
-"""What a user has today: each call a request, first come first served, with an LRU prefix cache and continuous batching."""
+"""What a user has today: each call a request, first come first served, continuous batching, an LRU prefix cache."""
 MACAW = Side("macaw", "programs")
 
 SWITCHES: dict[str, Side] = {
