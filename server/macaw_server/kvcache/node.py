@@ -89,3 +89,12 @@ class Match(NamedTuple):
     def owner(self) -> str | None:
         """Whom to wait for: the request that still computes pages of the path, if any."""
         return self.node.owner if self.num_in_node > self.node.num_ready else None
+
+    @property
+    def ready(self) -> Match:
+        """As much of it as nobody has to wait for."""
+        node, num_ready = self.node, min(self.num_in_node, self.node.num_ready)
+        pages = self.pages[: len(self.pages) - self.num_in_node + num_ready]
+        if num_ready == 0 and node.parent is not None:
+            node, num_ready = node.parent, len(node.parent.pages)  # what has children is ready
+        return Match(node, num_ready, pages)
