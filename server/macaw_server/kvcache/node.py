@@ -93,8 +93,8 @@ class Match(NamedTuple):
     @property
     def ready(self) -> Match:
         """As much of it as nobody has to wait for."""
-        node, num_ready = self.node, min(self.num_in_node, self.node.num_ready)
+        num_ready, parent = min(self.num_in_node, self.node.num_ready), self.node.parent
         pages = self.pages[: len(self.pages) - self.num_in_node + num_ready]
-        if num_ready == 0 and node.parent is not None:
-            node, num_ready = node.parent, len(node.parent.pages)  # what has children is ready
-        return Match(node, num_ready, pages)
+        if num_ready == 0 and parent is not None:
+            return Match(parent, len(parent.pages), pages)  # what has children is ready
+        return Match(self.node, num_ready, pages)
