@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from macaw_server.bench.report import Spread
+from macaw_server.bench.workload.gains import Gain, switch_gains
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.summary import AppSummary, summarize
 from macaw_server.simulate.report import short
@@ -26,6 +28,7 @@ COLUMNS = (
     "cached",
     "gain",
 )
+GAINS = "Gain per switch: mean latency without it over that with everything on"
 TABLE_WIDTH = 150
 """Characters; a narrower console cuts cells."""
 
@@ -82,6 +85,13 @@ class WorkloadReport:
                 last = i + 1 == len(summaries) or summaries[i + 1].app != summary.app
                 table.add_row(*self.cells(summary), end_section=last)
             console.print(table)
+            if gains := switch_gains(result.rounds):
+                table = Table(title=GAINS)
+                for i, column in enumerate(_gain_columns(gains)):
+                    table.add_column(column, justify="left" if i < 1 else "right", no_wrap=True)
+                for gain in gains:
+                    table.add_row(*_gain_cells(gain))
+                console.print(table)
         for name, value in self.facts.items():
             console.print(f"{name:8} {value}", markup=False, soft_wrap=True)
 
@@ -92,6 +102,10 @@ class WorkloadReport:
             lines += ["", f"### {result.name}", "", f"| {' | '.join(self.columns)} |"]
             lines.append("|---|---" + "|--:" * (len(self.columns) - 2) + "|")
             lines += [f"| {' | '.join(self.cells(summary))} |" for summary in self.summaries[result.name]]
+            if gains := switch_gains(result.rounds):
+                lines += ["", f"{GAINS}:", "", f"| {' | '.join(_gain_columns(gains))} |"]
+                lines.append("|---" + "|--:" * len(gains[0].by_app) + "|")
+                lines += [f"| {' | '.join(_gain_cells(gain))} |" for gain in gains]
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> str:
@@ -101,6 +115,7 @@ class WorkloadReport:
                 "name": result.name,
                 "workload": result.workload,
                 "equal_share": result.equal_share,
+                "gains": [asdict(gain) for gain in switch_gains(result.rounds)],
                 "summaries": [asdict(summary) for summary in self.summaries[result.name]],
                 "rounds": {
                     side: [[outcome.as_json() for outcome in run.outcomes] for run in runs]
@@ -126,6 +141,14 @@ class WorkloadReport:
             _gain(s.gain),
         )
         return cells if s.slo_share is None else (*cells, f"{s.slo_share:.0%}")
+
+
+def _gain_columns(gains: Sequence[Gain]) -> tuple[str, ...]:
+    return ("switch", *gains[0].by_app)
+
+
+def _gain_cells(gain: Gain) -> tuple[str, ...]:
+    return (gain.name, *map(_gain, gain.by_app.values()))
 
 
 def _gain(gain: Spread | None) -> str:

@@ -21,7 +21,7 @@ from macaw_server.bench.server import started
 from macaw_server.bench.workload.clients import WorkloadClient
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.report import CaseResult, WorkloadReport
-from macaw_server.bench.workload.sides import Side, choose_sides
+from macaw_server.bench.workload.sides import Side, choose_sides, left_out
 from macaw_server.bench.workload.texts import Texts
 from macaw_server.config import EngineConfig
 from macaw_server.models.loader import load_tokenizer
@@ -51,6 +51,7 @@ class BenchOptions:
     serve_flags: Sequence[str]
     peer: str | None
     ablate: Sequence[str]
+    baselines: Sequence[str]
     num_rounds: int
     slo_token_ms: float | None
 
@@ -75,12 +76,14 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
         BenchError: Options that contradict each other, a failed request, or answers that differ.
         StartupError: No such model.
     """
-    sides = choose_sides(options.ablate, options.peer)
+    sides = choose_sides(options.ablate, options.peer, options.baselines, options.serve_flags)
     cases = [Case(*values) for values in product(options.workloads, options.rtts_ms, options.rates)]
     # Every run is a tenant of its own, so that each begins with a cold cache on a warm server.
     keys = {(case, i): secrets.token_hex(16) for case in cases for i in range(-1, options.num_rounds)}
     facts = {"command": command([]), "commit": commit(), "machine": machine(), "load": load()}
     facts["lengths"] = f"{options.options.scale:g} of the published ones; arrivals and gaps {options.speed:g}x as fast"
+    if why := left_out(options.ablate, options.serve_flags):
+        facts["left out"] = why
     texts = Texts(load_tokenizer(EngineConfig(model=options.model)), options.options.seed)
     with ExitStack() as stack, _progress(console) as progress:
         bar = progress.add_task("", total=len(keys) * len(sides))
