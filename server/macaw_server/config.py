@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -70,6 +78,21 @@ class EngineConfig(BaseModel):
         default=512, ge=1, description="Token budget of one step: longer prompts are prefilled in chunks."
     )
     policy: Literal["fcfs", "app"] = Field(default="app", description="Scheduling policy.")
+    task_groups: bool = Field(
+        default=True,
+        description="Policy app: calls that feed one consumer count as a group, of which only the end of the last one "
+        "matters; off: each counts like a call by itself.",
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Keep the KV of prompts and answers for prompts that begin so; off: every prompt is computed as a "
+        "whole, and nothing ahead.",
+    )
+    single_flight: bool = Field(
+        default=True,
+        description="A prefix that several calls need at once is computed by one of them, and the others wait; off: "
+        "by each of them.",
+    )
     eviction: Literal["value", "lru"] = Field(
         default="value",
         description="Cached prefixes that go first when pages are needed: by who will need them, or by last use.",
@@ -170,6 +193,11 @@ class ServerConfig(EngineConfig, BaseSettings):
     )
     max_body_size: Bytes = Field(default=32 * 2**20, description="Largest request body, such as 32MiB.")
     max_live_calls: int = Field(default=4096, ge=1, description="Calls waiting or running; more are refused with 429.")
+    placement: Literal["affinity", "least-loaded"] = Field(
+        default="affinity",
+        description="Which of several engines gets a call: by cached prefix and estimated work, or by the number of "
+        "its calls alone.",
+    )
     prefill_ahead: bool = Field(
         default=True, description="Prefill the constant beginnings of prompts that still wait for a variable."
     )
@@ -182,6 +210,13 @@ class ServerConfig(EngineConfig, BaseSettings):
         description="Seconds that running programs get to end on SIGTERM before they are cancelled.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Log level.")
+
+    @field_validator("shared_prefix")
+    @classmethod
+    def _is_cached(cls, paths: tuple[Path, ...], info: ValidationInfo) -> tuple[Path, ...]:
+        if paths and not info.data.get("prefix_caching", True):
+            raise ValueError("nothing is shared with --no-prefix-caching; leave out one of the two")
+        return paths
 
     def engine(self) -> EngineConfig:
         """The engine's part."""

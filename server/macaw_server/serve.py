@@ -99,14 +99,15 @@ def make_engine(
     def named(i: int) -> Callable[[str], None]:
         return lambda step: on_loading(f"engine {i}: {step}")
 
+    members: list[EngineThread] | list[EngineProcess]
     if kind is EngineThread:  # all of one process, which sees one set of devices
-        return EngineGroup([kind(config.engine(), named(i), prefixes) for i in range(config.engines)])
-    return EngineGroup(
-        [
+        members = [EngineThread(config.engine(), named(i), prefixes) for i in range(config.engines)]
+    else:
+        members = [
             EngineProcess(share.config, named(i), prefixes, share.visible_gpus)
             for i, share in enumerate(shares(config.engine(), find_gpus()))
         ]
-    )
+    return EngineGroup(members, config.placement, prefix_caching=config.prefix_caching)
 
 
 async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
@@ -143,8 +144,8 @@ async def load_service(config: ServerConfig, engine: Engine) -> ProgramService:
             tenants=tenants,
             max_body_bytes=config.max_body_size,
             max_live_calls=config.max_live_calls,
-            prefill_ahead=config.prefill_ahead,
-            pipelining=config.pipelining,
+            prefill_ahead=config.prefill_ahead and config.prefix_caching,
+            pipelining=config.pipelining and config.prefix_caching,
         ),
     )
 

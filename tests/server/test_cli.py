@@ -28,6 +28,9 @@ def test_switches_are_set_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None
     on = command.make_context("serve", ["m", "--overlap", "--no-cuda-graphs"]).params
     config = _config(on)
     assert (config.overlap, config.cuda_graphs, config.native) == (True, False, True)
+    switches = ["prefix-caching", "single-flight", "task-groups", "prefill-ahead", "pipelining"]
+    off = _config(command.make_context("serve", ["m", *(f"--no-{name}" for name in switches)]).params)
+    assert not any(getattr(off, name.replace("-", "_")) for name in switches)
     monkeypatch.setenv("MACAW_OVERLAP", "0")
     assert (_config({}).overlap, _config({"overlap": True}).overlap) == (False, True)
 
@@ -47,6 +50,11 @@ def test_flags_win_over_variables_and_these_over_defaults(monkeypatch: pytest.Mo
         ({"page_size": "13"}, "13 is not a power of two"),
         ({"kv_memory": "2 bananas"}, "such as 4GiB"),
         ({"max_num_seqs": "0"}, "--max-num-seqs='0'"),
+        ({"placement": "round-robin"}, "--placement='round-robin': Input should be 'affinity' or 'least-loaded'"),
+        (
+            {"shared_prefix": ["rules.txt"], "prefix_caching": False},
+            r"--shared-prefix=.*: nothing is shared with --no-prefix-caching; leave out one of the two",
+        ),
     ],
 )
 def test_a_wrong_flag_is_named(flags: dict[str, str], words: str) -> None:

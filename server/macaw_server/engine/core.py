@@ -269,8 +269,16 @@ class EngineCore:
             ridge=self.ridge,
             ahead_rows=self._ahead_rows if self._config.ahead_rows is None else self._config.ahead_rows,
         )
-        cache = KVCache(self.info.num_pages, self.info.page_size, self._public_prefixes, self._config.eviction)
-        return Scheduler(config, cache, make_policy(self._config.policy), self._proposer, self._step_time)
+        cache = KVCache(
+            self.info.num_pages,
+            self.info.page_size,
+            self._public_prefixes,
+            self._config.eviction,
+            prefix_caching=self._config.prefix_caching,
+            single_flight=self._config.single_flight,
+        )
+        policy = make_policy(self._config.policy, task_groups=self._config.task_groups)
+        return Scheduler(config, cache, policy, self._proposer, self._step_time)
 
     def _proposer(self, request: EngineRequest) -> Proposer:
         """What drafts a request's tokens; of a constrained one only what its grammar allows."""

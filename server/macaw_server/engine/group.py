@@ -11,7 +11,8 @@ from statistics import fmean
 from macaw_server.engine.handle import EngineHandle, Status
 from macaw_server.engine.inflight import Entry, OnOutput
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats
-from macaw_server.scheduler.placement import Placement
+from macaw_server.scheduler.placement import PlacementName, make_placer
+from macaw_server.scheduler.placer import Placer
 from macaw_server.scheduler.step_time import StepTimeModel
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,21 @@ class EngineGroup:
 
     Args:
         members: Not started.
+        placement: By name, which of them gets a request.
+        prefix_caching: Whether they keep anything that a request may find.
     """
 
-    def __init__(self, members: Sequence[EngineHandle]) -> None:
+    def __init__(
+        self,
+        members: Sequence[EngineHandle],
+        placement: PlacementName = "affinity",
+        *,
+        prefix_caching: bool = True,
+    ) -> None:
         self._members = list(members)
-        self._placer: Placement | None = None
+        self._strategy: PlacementName = placement
+        self._prefix_caching = prefix_caching
+        self._placer: Placer | None = None
         self._lost: set[int] = set()
         self._placed: dict[str, tuple[int, EngineRequest]] = {}
         self._to_fill: set[int] = set()  # members that may have run out of calls that wait
@@ -54,7 +65,13 @@ class EngineGroup:
         """Load the model in all of them at once; raises `StartupError` if one cannot."""
         await asyncio.gather(*(member.start() for member in self._members))
         info = self._members[0].info
-        self._placer = Placement(len(self._members), info.num_pages * info.page_size, StepTimeModel())
+        self._placer = make_placer(
+            self._strategy,
+            len(self._members),
+            info.num_pages * info.page_size,
+            StepTimeModel(),
+            prefix_caching=self._prefix_caching,
+        )
 
     async def stop(self) -> None:
         """Stop all of them."""
@@ -97,7 +114,7 @@ class EngineGroup:
     # --------------------------------------------------------------------------------------------------------
 
     @property
-    def _placement(self) -> Placement:
+    def _placement(self) -> Placer:
         if self._placer is None:
             raise RuntimeError("the engines have not started")
         return self._placer

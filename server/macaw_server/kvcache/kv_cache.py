@@ -68,15 +68,20 @@ class KVCache:
     scheduled; if a batch fails on the way, the contents of the pages are unknown, and the cache has to be
     made anew.
 
+    Without single flight a page counts as ready only when its step is over (`step_ended`), and nobody waits for pending
+    ones: whoever needs them earlier computes them, too, into pages of its own.
+
     Args:
         num_pages: Pages in the pool.
         page_size: Tokens per page.
         public_prefixes: Tokens of the texts that the operator has declared public; their pages are found by all
             tenants.
         eviction: Order in which cached pages go when others are needed: by ``value``, or the least recently used.
+        prefix_caching: Whether anything is kept and found at all; else each request has its pages for itself.
+        single_flight: Whether a prefix that several need is computed once while they wait.
 
     Attributes:
-        retention: Claims on prefixes; None where recency is all that counts.
+        retention: Claims on prefixes; None where recency is all that counts, or nothing is kept.
     """
 
     def __init__(
@@ -85,12 +90,17 @@ class KVCache:
         page_size: int,
         public_prefixes: Sequence[Sequence[int]] = (),
         eviction: Eviction = "value",
+        *,
+        prefix_caching: bool = True,
+        single_flight: bool = True,
     ) -> None:
         self.page_size = page_size
+        self._prefix_caching = prefix_caching
+        self._single_flight = single_flight
         self.public = PublicPrefixes(public_prefixes, page_size)
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(page_size, by_value(num_pages) if eviction == "value" else least_recently_used)
-        self.retention = Retention(self.tree) if eviction == "value" else None
+        self.retention = Retention(self.tree) if eviction == "value" and prefix_caching else None
         self.num_evicted = 0
         self._live: dict[str, Allocation] = {}
 
@@ -124,10 +134,13 @@ class KVCache:
             prefix.
         """
         assert request_id not in self._live, f"request {request_id!r} already holds pages"
-        num_public = self.public.num_pages(token_ids)
-        match = self.tree.match_prefix(token_ids, salt, (len(token_ids) - 1) // self.page_size, num_public)
+        shareable = token_ids if self._prefix_caching else []
+        num_public = self.public.num_pages(shareable)
+        match = self.tree.match_prefix(shareable, salt, (len(token_ids) - 1) // self.page_size, num_public)
         if match.owner is not None:
-            return Blocked(match.owner, len(match.pages))
+            if self._single_flight:
+                return Blocked(match.owner, len(match.pages))
+            match = match.ready
         node = self.tree.lock(match, use)
         num_cached = len(match.pages)
         num_new = -(-len(token_ids) // self.page_size) - num_cached
@@ -136,7 +149,7 @@ class KVCache:
             self.tree.unlock(node)
             return None
         new_pages = self.pool.allocate(num_new)
-        num_full = len(token_ids) // self.page_size
+        num_full = len(shareable) // self.page_size
         at, stop = (PUBLIC, num_public) if num_cached < num_public else (salt, num_full)  # a run has one salt
         leaf = self.tree.insert_pending(
             node,
@@ -224,6 +237,16 @@ class KVCache:
         assert allocation.num_computed <= len(allocation.block_table) * self.page_size, (
             f"{allocation.num_computed} tokens computed in {len(allocation.block_table)} pages"
         )
+        if self._single_flight:
+            self._publish(allocation)
+
+    def step_ended(self, allocation: Allocation) -> None:
+        """Note that the step is over which runs what was marked as computed."""
+        if not self._single_flight:
+            self._publish(allocation)
+
+    def _publish(self, allocation: Allocation) -> None:
+        """Let others find the pages that are computed."""
         self._set_ready(allocation)
         if allocation.later and allocation.node.owner is None:
             first, tokens = allocation.num_tree_pages, allocation.later
@@ -248,11 +271,12 @@ class KVCache:
             num_wanted: Pages from the front that a `Blocked` request still waits for; they stay.
         """
         del self._live[allocation.request_id]
+        self._publish(allocation)
         size, private = self.page_size, allocation.block_table[allocation.num_tree_pages :]
         node, pending = self.tree.drop_pending(allocation.node)
         self.pool.free(pending)
         num_kept = allocation.num_computed // size - allocation.num_tree_pages
-        if insert_into_tree and num_kept > 0:
+        if insert_into_tree and self._prefix_caching and num_kept > 0:
             start = allocation.num_tree_pages * size
             tokens = token_ids[start : start + num_kept * size]
             num_public = max(0, allocation.num_public - allocation.num_tree_pages)

@@ -89,3 +89,12 @@ class Match(NamedTuple):
     def owner(self) -> str | None:
         """Whom to wait for: the request that still computes pages of the path, if any."""
         return self.node.owner if self.num_in_node > self.node.num_ready else None
+
+    @property
+    def ready(self) -> Match:
+        """As much of it as nobody has to wait for."""
+        num_ready, parent = min(self.num_in_node, self.node.num_ready), self.node.parent
+        pages = self.pages[: len(self.pages) - self.num_in_node + num_ready]
+        if num_ready == 0 and parent is not None:
+            return Match(parent, len(parent.pages), pages)  # what has children is ready
+        return Match(self.node, num_ready, pages)

@@ -18,9 +18,10 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from macaw_server.engine.types import EngineRequest
+from macaw_server.scheduler.placer import LeastLoaded, Move, Placer
 from macaw_server.scheduler.step_time import Coefficients, StepTimeModel
 
 BLOCK_SIZE = 64
@@ -35,18 +36,20 @@ class PrefixIndex:
 
     Args:
         num_engines: Numbered from 0.
-        capacity_tokens: Of one engine's cache.
+        capacity_tokens: Of one engine's cache; 0 where nothing is kept.
         block_size: Tokens of a block.
     """
 
     def __init__(self, num_engines: int, capacity_tokens: int, block_size: int = BLOCK_SIZE) -> None:
         self.block_size = block_size
-        self._capacity = max(1, capacity_tokens // block_size)
+        self._capacity = capacity_tokens // block_size
         self._holders: dict[int, set[int]] = {}
         self._blocks: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(num_engines)]
 
     def hashes(self, token_ids: Seq[int], salt: str) -> list[int]:
-        """Of each full block, everything before it included."""
+        """Of each full block, everything before it included; none where none can be held."""
+        if not self._capacity:
+            return []
         size, chained, hashes = self.block_size, hash(salt), []
         for start in range(0, len(token_ids) - size + 1, size):
             chained = hash((chained, *token_ids[start : start + size]))
@@ -101,14 +104,6 @@ class _Placed(NamedTuple):
         return self.prefill_ms + self.decode_ms
 
 
-class Move(NamedTuple):
-    """A call that another engine should run."""
-
-    request_id: str
-    source: int
-    target: int
-
-
 MAX_PLACED_AGAIN = 8
 """Calls that are looked at when an engine runs out of calls that wait."""
 COST_OF_RECOMPUTING = 4.0
@@ -117,12 +112,12 @@ MIN_GAIN_MS = 10.0
 """What a move has to save, on top of what is computed again: it takes a message to each of two processes."""
 
 
-class Placement:
-    """Distributes requests; is told when they start and end.
+class Placement(Placer):
+    """By cached prefix and work left, in milliseconds.
 
     Args:
-        num_engines: Numbered from 0, all alive.
-        capacity_tokens: Of one engine's KV cache.
+        num_engines: At least 1.
+        capacity_tokens: Of one engine's KV cache; 0 where that keeps nothing.
         step_time: What work costs; may go on learning.
         block_size: See `PrefixIndex`.
     """
@@ -147,11 +142,7 @@ class Placement:
         return list(self._work_ms)
 
     def place(self, request: EngineRequest) -> int:
-        """Choose the engine for a request, which the caller then sends there.
-
-        Raises:
-            RuntimeError: No engine is alive.
-        """
+        """Where it is done soonest, what it computes counted twice."""
         if not self._alive:
             raise RuntimeError("No engine is alive; restore one before placing requests.")
         hashes, num_tokens = self._index.hashes(request.prompt_ids, request.salt), len(request.prompt_ids)
@@ -166,11 +157,7 @@ class Placement:
         return engine
 
     def moves(self, target: int) -> list[Move]:
-        """Calls that are done sooner at an engine where nobody waits.
-
-        The caller moves them; they count as placed there from now on. Takes the time of placing `MAX_PLACED_AGAIN`
-        calls at most, and none where somebody waits there, or nobody elsewhere.
-        """
+        """Takes the time of placing `MAX_PLACED_AGAIN` calls; none where somebody waits there, or nobody elsewhere."""
         if self._waiting[target] or not self._busy or target not in self._alive:
             return []
         source = max(self._busy, key=lambda engine: (self._work_ms[engine], engine))
@@ -195,18 +182,18 @@ class Placement:
         return moves
 
     def admitted(self, request_id: str) -> None:
-        """A request has entered a batch: it waits no more."""
+        """It waits no more."""
         if (placed := self._placed.get(request_id)) is not None:
             self._wait_no_more(request_id, placed.engine)
 
     def started(self, request_id: str) -> None:
-        """A request has its first token: its prompt is computed."""
+        """Its prefill is done."""
         if (placed := self._placed.get(request_id)) is not None:
             self._work_ms[placed.engine] -= placed.prefill_ms
             self._placed[request_id] = placed._replace(prefill_ms=0.0)
 
     def ended(self, request: EngineRequest, output_ids: Seq[int]) -> None:
-        """A request has ended, or was aborted; what it computed stays in its engine's cache."""
+        """Its work is done, and its prefix is there."""
         placed = self._placed.pop(request.request_id, None)
         if placed is None:
             return
@@ -216,7 +203,7 @@ class Placement:
         self._index.insert(self._index.hashes([*request.prompt_ids, *output_ids], request.salt), placed.engine)
 
     def lose(self, engine: int) -> list[str]:
-        """An engine is gone, and its cache; returns the requests it had, which are to be placed anew."""
+        """Its work and its prefixes are nowhere."""
         self._alive.discard(engine)
         self._index.clear(engine)
         self._work_ms[engine] = 0.0
@@ -228,7 +215,7 @@ class Placement:
         return lost
 
     def restore(self, engine: int) -> None:
-        """An engine is there again, with an empty cache."""
+        """It takes part again."""
         self._alive.add(engine)
 
     def _options(self, hashes: Seq[int], num_tokens: int) -> Iterator[tuple[float, float, int]]:
@@ -258,6 +245,23 @@ class Placement:
         self._placed[request_id] = placed
         self._work_ms[placed.engine] += placed.work_ms
         self._index.insert(placed.hashes, placed.engine)
+
+
+PlacementName = Literal["affinity", "least-loaded"]
+
+
+def make_placer(
+    name: PlacementName,
+    num_engines: int,
+    capacity_tokens: int,
+    step_time: StepTimeModel,
+    *,
+    prefix_caching: bool = True,
+) -> Placer:
+    """The strategy of that name; see `Placement` for the other arguments."""
+    if name == "least-loaded":
+        return LeastLoaded(num_engines)
+    return Placement(num_engines, capacity_tokens if prefix_caching else 0, step_time)
 
 
 def _prefill_ms(costs: Coefficients, start: int, end: int) -> float:

@@ -50,9 +50,13 @@ class Policy(ABC):
         """When it stops giving way."""
         return sequence.arrival_s + self.ageing_s
 
+    def call_class(self, sequence: Sequence) -> CallClass:
+        """What it counts as."""
+        return sequence.request.hints.call_class
+
     def is_critical(self, sequence: Sequence) -> bool:
         """Whether its time per token is what an application waits for."""
-        return sequence.request.hints.call_class is CallClass.LATENCY
+        return self.call_class(sequence) is CallClass.LATENCY
 
     def order(self, sequence: Sequence, now_s: float) -> Order:
         """Its place among all at this moment; smaller goes first."""
@@ -116,20 +120,29 @@ class AppPolicy(Policy):
     4. Programs: the least work left where that is known, else the least service so far (Autellix, Luo et al.,
        2025), in powers of two, so that programs of about the same size do not overtake each other in turns.
     5. The deepest call: it ends a program. Then arrival, by which the calls of a group stay together.
+
+    Args:
+        task_groups: Whether the calls of a group count as such, or each like a call by itself.
     """
 
     name = "app"
     protects_latency = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, task_groups: bool = True) -> None:
+        self._task_groups = task_groups
         self.shares = FairShares()
         self.attained = AttainedService()
+
+    def call_class(self, sequence: Sequence) -> CallClass:
+        """As deduced; a group's is that of the latency-critical call which it feeds, where groups do not count."""
+        found = super().call_class(sequence)
+        return CallClass.LATENCY if found is CallClass.GROUP and not self._task_groups else found
 
     def key(self, sequence: Sequence) -> Key:
         """By class, size of the program, depth and arrival."""
         hints = sequence.request.hints
         size = self.attained[hints.program_id] if hints.work_tokens is None else hints.work_tokens
-        return (hints.call_class, _magnitude(size), -hints.depth, sequence.arrival_s)
+        return (self.call_class(sequence), _magnitude(size), -hints.depth, sequence.arrival_s)
 
     def lane(self, sequence: Sequence) -> str:
         """By tenant."""
@@ -146,7 +159,7 @@ class AppPolicy(Policy):
     def preemption_order(self, sequence: Sequence, now_s: float) -> PreemptionOrder:
         """The lowest class first, in it the latest: it has the least to compute again."""
         due, key, number = super().preemption_order(sequence, now_s)
-        return due, (sequence.request.hints.call_class, *key) if due else key, number
+        return due, (self.call_class(sequence), *key) if due else key, number
 
     def preempts(self, waiting: Sequence, running: Sequence, now_s: float) -> bool:
         """A critical call goes before others, and a tenant that was served far less before one served more."""
@@ -160,7 +173,7 @@ class AppPolicy(Policy):
     def claim_steps(self, sequence: Sequence, *, in_program: bool) -> float:
         """Half a call for each class, and of programs that may grow a quarter for each power of two of service."""
         hints = sequence.request.hints
-        steps = 0.5 * hints.call_class
+        steps = 0.5 * self.call_class(sequence)
         if in_program and hints.work_tokens is None:
             steps += 0.25 * (_magnitude(self.attained[hints.program_id]) - _magnitude(0))
         return steps
@@ -190,12 +203,12 @@ def _magnitude(size: float) -> float:
 _POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FcfsPolicy, AppPolicy)}
 
 
-def make_policy(name: str = AppPolicy.name) -> Policy:
-    """The strategy of that name.
+def make_policy(name: str = AppPolicy.name, *, task_groups: bool = True) -> Policy:
+    """The strategy of that name; `task_groups` is for ``app``, as others know none.
 
     Raises:
         ValueError: There is none; the message has those there are.
     """
     if name not in _POLICIES:
         raise ValueError(f"No scheduling policy {name!r}; choose one of {', '.join(sorted(_POLICIES))}.")
-    return _POLICIES[name]()
+    return AppPolicy(task_groups=task_groups) if name == AppPolicy.name else _POLICIES[name]()

@@ -217,6 +217,7 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
+            self.kv_cache.step_ended(sequence.pages)
             if sequence.request.prefill_only and not sequence.num_uncomputed:
                 self._end_prefill(sequence)
                 finished.append(sequence)

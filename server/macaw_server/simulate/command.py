@@ -81,6 +81,12 @@ def run(
     max_model_len: Annotated[int | None, typer.Option(min=2, help="Prompt plus output, in tokens.")] = None,
     latency_slowdown: Annotated[float | None, typer.Option(min=1, help="As for macaw serve.")] = None,
     eviction: Annotated[Literal["value", "lru"], typer.Option(help="As for macaw serve.")] = "value",
+    prefix_caching: Annotated[bool, typer.Option(help="As for macaw serve.")] = True,
+    single_flight: Annotated[bool, typer.Option(help="As for macaw serve.")] = True,
+    task_groups: Annotated[bool, typer.Option(help="As for macaw serve.")] = True,
+    placement: Annotated[
+        Literal["affinity", "least-loaded"], typer.Option(help="As for macaw serve; with --engines.")
+    ] = "affinity",
     write_trace: Annotated[Path | None, typer.Option(help="Write the workload as a trace here.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -96,6 +102,10 @@ def run(
         "max_model_len": max_model_len,
         "latency_slowdown": latency_slowdown,
         "eviction": eviction,
+        "prefix_caching": prefix_caching,
+        "single_flight": single_flight,
+        "task_groups": task_groups,
+        "placement": placement,
     }
     try:
         options = WorkloadOptions(seed, scale, programs, rate, background, tenants)

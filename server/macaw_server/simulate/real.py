@@ -127,4 +127,7 @@ def config_of(core: EngineCore, engine: EngineConfig) -> SimulationConfig:
         max_model_len=core.info.max_model_len,
         latency_slowdown=engine.latency_slowdown,
         eviction=engine.eviction,
+        prefix_caching=engine.prefix_caching,
+        single_flight=engine.single_flight,
+        task_groups=engine.task_groups,
     )

@@ -14,7 +14,7 @@ from typing import Literal
 from macaw_server.engine.types import EngineRequest
 from macaw_server.kvcache import Eviction, KVCache
 from macaw_server.scheduler import ScheduledBatch, Scheduler, SchedulerConfig, StepTimeModel, make_policy, step_features
-from macaw_server.scheduler.placement import Placement
+from macaw_server.scheduler.placement import PlacementName, make_placer
 from macaw_server.simulate.applications import Applications
 from macaw_server.simulate.records import ProgramRecord, RunResult
 from macaw_server.simulate.tokens import AbstractTokens
@@ -36,7 +36,9 @@ class SimulationConfig:
         latency_slowdown: See `SchedulerConfig`; None is its default.
         client: Whether clients send programs, or each call by itself.
         rtt_s: Round trip between client and server.
-        eviction: See `KVCache`.
+        eviction, prefix_caching, single_flight: See `KVCache`.
+        task_groups: See `AppPolicy`.
+        placement: See `make_placer`.
     """
 
     num_engines: int = 1
@@ -50,6 +52,10 @@ class SimulationConfig:
     client: Client = "programs"
     rtt_s: float = 0.0
     eviction: Eviction = "value"
+    prefix_caching: bool = True
+    single_flight: bool = True
+    task_groups: bool = True
+    placement: PlacementName = "affinity"
 
     def scheduler(self, step_time: StepTimeModel) -> Scheduler:
         """The scheduler of one engine."""
@@ -58,8 +64,14 @@ class SimulationConfig:
         )
         if self.latency_slowdown is not None:
             config = replace(config, latency_slowdown=self.latency_slowdown)
-        cache = KVCache(self.num_pages, self.page_size, eviction=self.eviction)
-        return Scheduler(config, cache, make_policy(self.policy), step_time=step_time)
+        cache = KVCache(
+            self.num_pages,
+            self.page_size,
+            eviction=self.eviction,
+            prefix_caching=self.prefix_caching,
+            single_flight=self.single_flight,
+        )
+        return Scheduler(config, cache, make_policy(self.policy, task_groups=self.task_groups), step_time=step_time)
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +97,13 @@ class Simulation:
         self._programs = iter(programs)
         self._engines = [_Engine(i, config.scheduler(step_time)) for i in range(config.num_engines)]
         self._placement = (
-            Placement(config.num_engines, config.num_pages * config.page_size, step_time)
+            make_placer(
+                config.placement,
+                config.num_engines,
+                config.num_pages * config.page_size,
+                step_time,
+                prefix_caching=config.prefix_caching,
+            )
             if config.num_engines > 1
             else None
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -112,9 +113,9 @@ async def moved(group: EngineGroup) -> None:
 
 
 class TestMoves:
-    async def start(self) -> tuple[EngineGroup, list[ScriptedMember], Collector]:
+    async def start(self, **options: Any) -> tuple[EngineGroup, list[ScriptedMember], Collector]:
         members = [ScriptedMember(), ScriptedMember()]
-        group = EngineGroup(members)
+        group = EngineGroup(members, **options)
         await group.start()
         return group, members, Collector(group)
 
@@ -138,6 +139,20 @@ class TestMoves:
         idle.say(*(EngineOutput(name, [8], finish_reason="length", cached_tokens=0) for name in gone))
         assert [collector.tokens(name) for name in gone] == [[8]] * len(gone)
         assert all(collector.ended(f"r{i}") for i in range(8))
+        assert group._placed == {}
+
+    @pytest.mark.parametrize(
+        ("options", "most"),
+        [({}, 8), ({"placement": "least-loaded"}, 4), ({"prefix_caching": False}, 4)],
+    )
+    async def test_who_gets_calls_with_one_prefix(self, options: dict[str, Any], most: int) -> None:
+        group, members, collector = await self.start(**options)
+        for i in range(8):
+            collector.submit(request(f"r{i}", [*range(3000), i], 8))
+        assert max(len(member.has()) for member in members) == most
+        for member in members:
+            member.say(*(EngineOutput(name, [1], finish_reason="length", cached_tokens=0) for name in member.has()))
+        await moved(group)
         assert group._placed == {}
 
     async def test_who_begins_in_the_same_message_stays(self) -> None:

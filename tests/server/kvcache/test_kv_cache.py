@@ -176,6 +176,64 @@ def test_an_answer_that_repeats_declared_text_is_still_its_tenants():
     assert cached(cache, [5, 5, 6], "b") == 0
 
 
+def test_without_prefix_caching_nothing_is_kept_found_or_waited_for():
+    cache = KVCache(num_pages=8, page_size=2, public_prefixes=[PUBLIC_TEXT], prefix_caching=False)
+    tokens = [*PUBLIC_TEXT, 8]
+    first = prefill(cache, "a", tokens)
+    second = cache.admit("b", tokens)
+    assert second.num_cached == 0
+    assert not set(first.block_table) & set(second.block_table)
+    assert not cache.covers(tokens)
+    cache.release(first, tokens)
+    cache.release(second, tokens, insert_into_tree=False)
+    cache.check()
+    assert cached(cache, tokens, "") == 0
+    assert (cache.pool.num_free, cache.tree.salts) == (8, set())
+
+
+def test_without_single_flight_a_prefix_is_found_when_its_step_is_over_and_computed_again_before():
+    cache = KVCache(num_pages=32, page_size=2, single_flight=False)
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    first = prefill(cache, "a", tokens)
+    second = prefill(cache, "b", tokens)
+    assert second.num_cached == 0, "both in one step"
+    assert not set(first.block_table) & set(second.block_table)
+    cache.step_ended(second)
+    assert cached(cache, tokens, "") == 0, "its pages stay its own, for those of the first are on their way"
+    cache.step_ended(first)
+    third = cache.admit("c", tokens)
+    assert third.block_table[:3] == first.block_table[:3]
+    for allocation in (second, third, first):
+        cache.release(allocation, tokens)
+        cache.check()
+    assert cache.tree.num_pages == 3, "duplicates are freed"
+
+
+def test_without_single_flight_what_is_ready_of_a_prefix_is_shared():
+    cache = KVCache(num_pages=32, page_size=2, single_flight=False)
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    owner = cache.admit("a", tokens)
+    cache.mark_computed(owner, 5)
+    cache.step_ended(owner)
+    other = cache.admit("b", [1, 2, 3, 4, 5, 6, 9])
+    assert (other.num_cached, other.block_table[:2]) == (4, owner.block_table[:2])
+    cache.check()
+    cache.release(owner, tokens, insert_into_tree=False)
+    cache.check()
+    cache.mark_computed(other, 3)
+    cache.release(other, [1, 2, 3, 4, 5, 6, 9])
+    cache.check()
+    assert cached(cache, tokens, "") == 6
+
+
+def test_without_single_flight_an_abort_within_a_step_keeps_what_lies_behind_declared_text():
+    cache = KVCache(num_pages=32, page_size=2, public_prefixes=[PUBLIC_TEXT], single_flight=False)
+    tokens = [*PUBLIC_TEXT, 8, 9, 9, 9]
+    cache.release(prefill(cache, "a", tokens, "a"), tokens)
+    cache.check()
+    assert (cached(cache, tokens, "a"), cached(cache, tokens, "b")) == (8, 4)
+
+
 class KVCacheMachine(RuleBasedStateMachine):
     """Requests of a small alphabet on a small pool; the memory model looks at every slot."""
 
@@ -184,10 +242,13 @@ class KVCacheMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 3),
         public=st.lists(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=8), max_size=2),
         with_claims=st.booleans(),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        single_flight=st.sampled_from([True, True, False]),
     )
-    def start(self, num_pages, page_size, public, with_claims):
-        self.public, self.with_claims = public, with_claims
-        self.cache = KVCache(num_pages, page_size, public)
+    def start(self, num_pages, page_size, public, with_claims, prefix_caching, single_flight):
+        self.public, self.with_claims = public if prefix_caching else [], with_claims and prefix_caching
+        self.prefix_caching, self.single_flight = prefix_caching, single_flight
+        self.cache = KVCache(num_pages, page_size, public, prefix_caching=prefix_caching, single_flight=single_flight)
         self.memory = KVMemory(self.cache)
         self.live = {}  # request id -> (allocation, tokens, salt)
         self.num_made = 0
@@ -208,6 +269,8 @@ class KVCacheMachine(RuleBasedStateMachine):
     def admit(self, tokens, salt, reserve, use):
         size, ready = self.cache.page_size, self.memory.ready_prefixes()
         ends = self.hashes(salt, tokens)[size - 1 :: size][: (len(tokens) - 1) // size]
+        if not self.prefix_caching:
+            assert not ready
         in_flight = {
             self.hashes(other_salt, other, allocation.num_public)[(i + 1) * size - 1]: request_id
             for request_id, (allocation, other, other_salt) in self.live.items()
@@ -217,7 +280,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         result = self.cache.admit(f"r{self.num_made}", tokens, salt, reserve=reserve, use=use)
         num_ready = next((i for i, end in enumerate(ends) if end not in ready), len(ends))
         num_there = next((i for i, end in enumerate(ends) if end not in ready | in_flight), len(ends))
-        if num_there > num_ready:
+        if num_there > num_ready and self.single_flight:
             assert result == Blocked(in_flight[ends[num_ready]], num_there)
         elif result is not None:
             assert result.num_cached == num_ready * size
@@ -231,8 +294,8 @@ class KVCacheMachine(RuleBasedStateMachine):
             assert self.cache.num_pages - len(held | mine) < num_new + reserve, "there was room"
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), num_tokens=st.integers(1, 6), token=st.sampled_from([0, 1]))
-    def compute(self, data, num_tokens, token):
+    @rule(data=st.data(), num_tokens=st.integers(1, 6), token=st.sampled_from([0, 1]), ends=st.booleans())
+    def compute(self, data, num_tokens, token, ends):
         allocation, tokens, salt = self.live[data.draw(st.sampled_from(sorted(self.live)))]
         start = allocation.num_computed
         if start == len(tokens):
@@ -246,6 +309,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.memory.check(allocation.block_table, hashes, start)
         self.memory.write(allocation.block_table, hashes, start, start + num_tokens)
         self.cache.mark_computed(allocation, num_tokens)
+        if ends:
+            self.cache.step_ended(allocation)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), keep=st.booleans())
@@ -253,7 +318,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         allocation, tokens, salt = self.live.pop(data.draw(st.sampled_from(sorted(self.live))))
         num_full = allocation.num_computed // self.cache.page_size
         self.cache.release(allocation, tokens, insert_into_tree=keep)
-        if keep:
+        if keep and self.prefix_caching:
             found = self.cache.tree.match_prefix(tokens, salt, num_full, allocation.num_public)
             assert len(found.pages) == num_full or found.owner is not None, "it was computed and is not kept"
 
@@ -270,7 +335,8 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @rule(holder=st.sampled_from("pq"))
     def let_go(self, holder):
-        self.cache.retention.let_go(holder)
+        if self.cache.retention is not None:
+            self.cache.retention.let_go(holder)
 
     @invariant()
     def nothing_is_lost_or_mixed_up(self):
@@ -288,8 +354,8 @@ class KVCacheMachine(RuleBasedStateMachine):
             for allocation, tokens, _ in self.live.values():
                 self.cache.release(allocation, tokens)
             for holder in "pq":
-                self.cache.retention.let_go(holder)
-            assert self.cache.retention.num_claims == 0
+                self.let_go(holder)
+            assert self.cache.retention is None or self.cache.retention.num_claims == 0
             self.cache.check()
             self.cache.pool.free(self.cache.tree.evict(self.cache.num_pages))
             assert self.cache.pool.num_free == self.cache.num_pages

@@ -18,8 +18,8 @@ EQUAL = Coefficients(fixed=10.0, token=1.0, sample=0.0, kv_token=0.0, score=0.0)
 
 
 def engine(**limits) -> EngineModel:
-    limits = {"max_num_seqs": 1, "num_pages": 400, "max_num_batched_tokens": 64} | limits
-    return EngineModel(policy="app", sampler=lambda tokens: 0, step_time=StepTimeModel(EQUAL), **limits)
+    limits = {"policy": "app", "max_num_seqs": 1, "num_pages": 400, "max_num_batched_tokens": 64} | limits
+    return EngineModel(sampler=lambda tokens: 0, step_time=StepTimeModel(EQUAL), **limits)
 
 
 def order_of(run: EngineModel) -> list[str]:
@@ -77,6 +77,24 @@ def test_a_group_stays_together():
             run.add(f"{group}-{i}", [i, len(run.sequences)], call_class=GROUP, program_id=group, arrival_s=arrival)
     run.run()
     assert run.finished[:3] == ["a-0", "a-1", "a-2"]
+
+
+@pytest.mark.parametrize(("task_groups", "first"), [(True, "chat"), (False, "map")])
+def test_without_task_groups_their_calls_are_like_any_other(task_groups, first):
+    run = engine(policy=policy.make_policy(task_groups=task_groups))
+    run.add("map", [1], call_class=GROUP, arrival_s=0.5)
+    run.add("chat", [2], arrival_s=0.6)
+    run.add("background", [3], call_class=BACKGROUND, arrival_s=0.4)
+    assert order_of(run) == [first, "map" if first == "chat" else "chat", "background"]
+
+
+@pytest.mark.parametrize(("task_groups", "num_tokens"), [(True, 22), (False, 62)])
+def test_without_task_groups_their_calls_do_not_give_way(task_groups, num_tokens):
+    run = engine(max_num_seqs=4, latency_slowdown=3.0, policy=policy.make_policy(task_groups=task_groups))
+    run.add("chat", [1, 2], max_tokens=4)
+    run.step()
+    run.add("map", list(range(100, 162)), call_class=GROUP)
+    assert tokens_of(run.step(), "map") == num_tokens
 
 
 # -- giving way ---------------------------------------------------------------------------------------------

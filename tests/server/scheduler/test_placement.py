@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from macaw_server.engine.types import EngineRequest
 from macaw_server.scheduler import Coefficients, StepTimeModel
-from macaw_server.scheduler.placement import Placement, PrefixIndex
+from macaw_server.scheduler.placement import Placement, PrefixIndex, make_placer
+from macaw_server.scheduler.placer import LeastLoaded
 from server.scheduler.engine_model import request
 
 COSTS = StepTimeModel(Coefficients(fixed=5.0, token=0.5, sample=0.5, kv_token=1e-3, score=0.0))
@@ -186,6 +187,43 @@ class TestPlacement:
             if rng.random() < 0.5:
                 place.ended(live.pop(rng.choice(list(live))), [])
             assert min(place.work_ms) > -1e-6
+
+    def test_where_nothing_is_kept_a_prefix_is_worth_nothing(self) -> None:
+        place = make_placer("affinity", 4, 100_000, COSTS, prefix_caching=False)
+        requests = group("a", 8, prefix=4000, own=32)
+        assert Counter(place.place(r) for r in requests) == {0: 2, 1: 2, 2: 2, 3: 2}
+
+
+class TestLeastLoaded:
+    def test_the_number_of_calls_is_all_that_counts(self) -> None:
+        place = make_placer("least-loaded", 2, 100_000, COSTS)
+        long, *others = [request("long", text(1, 4000)), *group("a", 3, prefix=4000, own=16)]
+        assert [place.place(r) for r in (long, *others)] == [0, 1, 0, 1]
+        place.ended(others[0], [])
+        place.ended(others[0], [])  # an abort that crosses the end
+        assert place.place(request("x", [1])) == 1
+        assert place.moves(0) == place.moves(1) == []
+
+    def test_idle_engines_take_turns(self) -> None:
+        place = LeastLoaded(3)
+        engines = []
+        for r in group("a", 6, prefix=100, own=1):
+            engines.append(place.place(r))
+            place.ended(r, [])
+        assert engines == [0, 1, 2, 0, 1, 2]
+
+    def test_a_lost_engine_gets_nothing_until_it_is_back(self) -> None:
+        place = LeastLoaded(2)
+        requests = group("a", 4, prefix=0, own=1)
+        assert [place.place(r) for r in requests] == [0, 1, 0, 1]
+        assert place.lose(0) == ["a0", "a2"]
+        assert [place.place(requests[i]) for i in (0, 2)] == [1, 1]
+        place.restore(0)
+        assert place.place(request("x", [1])) == 0
+        for number in (0, 1):
+            place.lose(number)
+        with pytest.raises(RuntimeError, match="No engine is alive"):
+            place.place(request("y", [1]))
 
 
 class TestPrefixIndex:

@@ -78,6 +78,29 @@ def test_no_more_sequences_run_than_configured():
 # -- in-flight prefixes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("switches", "num_computed", "num_cached"),
+    [
+        ({}, 20 + 2 + 2 + 2, 54),
+        ({"single_flight": False}, 3 * 20 + 2, 18),
+        ({"prefix_caching": False}, 4 * 20, 0),
+    ],
+)
+@pytest.mark.parametrize("max_prefill_chunk", [None, 7])
+def test_what_is_computed_of_equal_prompts(switches, num_computed, num_cached, max_prefill_chunk):
+    engine = EngineModel(max_num_batched_tokens=64, max_prefill_chunk=max_prefill_chunk, **switches)
+    for i in range(3):
+        engine.add(f"r{i}", list(range(20)))
+    engine.run()
+    engine.add("later", list(range(20)))
+    engine.run()
+    stats = engine.scheduler.stats()
+    assert (stats.computed_tokens, stats.cached_tokens) == (num_computed, num_cached)
+    for sequence in engine.sequences.values():
+        engine.check_finished(sequence)
+    engine.check_no_leak()
+
+
 def test_followers_ride_along_in_the_step_of_their_owner():
     engine = EngineModel(max_num_batched_tokens=16)
     for i in range(3):

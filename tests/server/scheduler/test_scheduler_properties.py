@@ -30,9 +30,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_ahead_seqs=st.integers(1, 3),
         ahead_rows=st.sampled_from([0, 4, 100]),
         eviction=st.sampled_from(["value", "value", "lru"]),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        single_flight=st.sampled_from([True, True, False]),
+        task_groups=st.booleans(),
     )
-    def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, **limits):
-        strategy = make_policy(policy)
+    def start(self, num_pages, page_size, max_num_seqs, extra_tokens, policy, ageing_s, noise, task_groups, **limits):
+        strategy = make_policy(policy, task_groups=task_groups)
         strategy.ageing_s = ageing_s
         self.engine = EngineModel(
             num_pages,
@@ -45,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy=strategy,
         )
         self.aborted = set()
+        self.prefix_caching = limits["prefix_caching"]
 
     @rule(
         family=st.sampled_from(FAMILIES),
@@ -105,6 +109,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (sequence.status is SequenceStatus.FINISHED) == (request_id in ended)
             assert (sequence.allocation is not None) == (sequence.status is SequenceStatus.RUNNING)
         stats = self.engine.scheduler.stats()
+        if not self.prefix_caching:
+            assert (stats.cached_tokens, stats.pages_cached, stats.evicted_pages) == (0, 0, 0)
         assert stats.running + stats.waiting == len(self.engine.sequences) - len(ended)
 
     def teardown(self):

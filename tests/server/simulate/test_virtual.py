@@ -87,6 +87,45 @@ class TestTimes:
 
 
 class TestFailures:
+    @pytest.mark.parametrize(
+        ("switch", "cached"),
+        [({}, [0, 40, 40]), ({"single_flight": False}, [0, 0, 40]), ({"prefix_caching": False}, [0, 0, 0])],
+    )
+    def test_what_is_found_of_a_prefix_that_two_need_at_once(
+        self, switch: dict[str, object], cached: list[int]
+    ) -> None:
+        programs = [
+            program(call("a", Text("prefix", 40), Text(name, 5)), name=name, arrival_s=arrival_s)
+            for name, arrival_s in (("first", 0.0), ("second", 0.0), ("later", 1.0))
+        ]
+        found = simulate(*programs, **switch)
+        assert [found[spec.id].calls["a"].cached_tokens for spec in programs] == cached
+
+    @pytest.mark.parametrize(("placement", "cached"), [("affinity", 2000), ("least-loaded", 0)])
+    def test_a_call_follows_its_prefix_or_the_number_of_calls(self, placement: str, cached: int) -> None:
+        programs = [
+            program(call("a", Text("prefix", 2000), Text(name, 5)), name=name, arrival_s=arrival_s)
+            for name, arrival_s in (("first", 0.0), ("second", 9.0))
+        ]
+        found = simulate(
+            *programs,
+            placement=placement,
+            num_engines=2,
+            num_pages=1000,
+            max_num_batched_tokens=512,
+            max_model_len=3000,
+        )
+        assert found["second"].calls["a"].cached_tokens == cached
+
+    @pytest.mark.parametrize("task_groups", [True, False])
+    def test_without_task_groups_a_chat_waits_for_the_calls_before_it(self, task_groups: bool) -> None:
+        maps = [call(f"m{i}", Text(f"m{i}", 200)) for i in range(4)]
+        reduce = call("r", *(Output(each.id) for each in maps))
+        chat = program(call("a"), name="chat", arrival_s=0.001)
+        waits = simulate(program(*maps, reduce, name="map"), chat, task_groups=task_groups, max_num_seqs=2)
+        a = waits["chat"].calls["a"]
+        assert (a.started_s - a.ready_s < 0.25) == task_groups  # a call before it takes 0.25 s
+
     def test_a_prompt_that_is_too_long_fails_its_program_only(self) -> None:
         records = simulate(program(call("a", Text("x", 2000)), call("b", Output("a"))), program(call("a"), name="q"))
         assert records["p"].error == "upstream_failed"

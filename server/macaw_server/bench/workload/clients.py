@@ -62,11 +62,22 @@ class WorkloadClient:
         api_key: Tenants share no cache, so a key that was not used before starts cold.
         way: How applications are sent.
         texts: Of the prompts.
+        chat: Calls are chats of one message, or else completions.
         rtt_s: Round trip of every request.
     """
 
-    def __init__(self, url: str, model: str, api_key: str | None, way: Way, texts: Texts, rtt_s: float = 0.0) -> None:
-        self._url, self._model, self._way, self._texts = url, model, way, texts
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None,
+        way: Way,
+        texts: Texts,
+        *,
+        chat: bool = True,
+        rtt_s: float = 0.0,
+    ) -> None:
+        self._url, self._model, self._way, self._texts, self._chat = url, model, way, texts, chat
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(transport=RoundTrip(rtt_s), timeout=httpx.Timeout(TIMEOUT_S, connect=30))
         self._macaw = AsyncMacawClient(url, api_key, timeout_s=TIMEOUT_S, http_client=self._http)
@@ -92,7 +103,7 @@ class WorkloadClient:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._run_program(spec)) for spec in programs]
         except ExceptionGroup as e:
-            raise e.exceptions[0] from None
+            raise _first(e) from None
         outcomes = [task.result() for task in running]
         picture = ""
         if timeline and self._way == "programs":
@@ -136,10 +147,10 @@ class WorkloadClient:
             )
         return outcome
 
-    def _error(self, spec: ProgramSpec, error: Exception) -> BenchError:
-        """The first that went wrong: calls of a program run in groups, and an error of one is an error of its group."""
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
+    def _error(self, spec: ProgramSpec, error: BaseException) -> BenchError:
+        """What is told of it: calls of a program run in groups, and an error of one is an error of its group."""
+        if isinstance(error, BaseExceptionGroup):
+            error = _first(error)
         if isinstance(error, BenchError):
             return error
         kind = RefusedError if isinstance(error, OverloadedError) else BenchError
@@ -162,17 +173,17 @@ class WorkloadClient:
         outcome.answers = {target: answers[target].result() for target in spec.targets}
 
     async def _complete(self, call: CallSpec, prompt: str, outcome: Outcome) -> str:
-        """One streamed chat completion."""
+        """One streamed completion."""
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
+            **({"messages": [{"role": "user", "content": prompt}]} if self._chat else {"prompt": prompt}),
             "max_tokens": call.output_len,
             "stream": True,
             "stream_options": {"include_usage": True},
             **SAMPLING,
         }
         outcome.num_requests += 1
-        url = f"{self._url}/v1/chat/completions"
+        url = f"{self._url}/v1/{'chat/completions' if self._chat else 'completions'}"
         decoder, pieces = SSEDecoder(), list[str]()
         async with self._http.stream("POST", url, json=body, headers=self._headers) as response:
             if response.is_error:
@@ -189,7 +200,7 @@ class WorkloadClient:
                     if chunk.get("usage"):
                         outcome.add_usage(chunk["usage"])
                     for choice in chunk["choices"]:
-                        if text := choice["delta"].get("content"):
+                        if text := choice["delta"].get("content") if self._chat else choice["text"]:
                             self._on_text(outcome, call.id)
                             pieces.append(text)
         return "".join(pieces)
@@ -244,7 +255,8 @@ class WorkloadClient:
     def _add(self, builder: ProgramBuilder, spec: ProgramSpec, calls: Sequence[CallSpec]) -> None:
         for call in calls:
             parts = [Ref(p.call) if isinstance(p, Output) else self._texts[p] for p in call.parts]
-            ref = builder.chat(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
+            add = builder.chat if self._chat else builder.complete
+            ref = add(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
             if call.id in spec.targets:
                 deadline = None if spec.deadline_s is None else 1000 * spec.deadline_s
                 builder.target(ref, objective=spec.objective, deadline_ms=deadline)
@@ -264,6 +276,12 @@ class WorkloadClient:
                 raise BenchError(f"{self._url} failed on program {outcome.spec.id}: {error.message}")
             case ProgramCompleted(variables=variables):
                 outcome.answers = {target: variables[target] for target in outcome.spec.targets}
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error within groups of errors that is told."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _later(spec: ProgramSpec, gates: Collection[str]) -> dict[str, CallSpec]:

@@ -83,6 +83,13 @@ def _command(workloads: list[str]) -> Any:
             str | None,
             typer.Option(metavar="SWITCH,...", help="Also Macaw without these: all, or names; a wrong one lists them."),
         ] = None,
+        baseline: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME,...",
+                help="requests: with prefix caching; uncached: without; gains are over the first one.",
+            ),
+        ] = "requests",
         repeat: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
         slo_ms: Annotated[
             float | None, typer.Option("--slo-ms", help="Allowed latency per output token of a program: goodput.")
@@ -133,6 +140,7 @@ def _command(workloads: list[str]) -> Any:
                     serve_flags=serve_flags or [],
                     peer=peer,
                     ablate=ablate.split(",") if ablate else (),
+                    baselines=baseline.split(","),
                     num_rounds=repeat,
                     slo_token_ms=slo_ms,
                     search=search,

@@ -8,13 +8,14 @@ from functools import partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from macaw_server.bench.errors import BenchError
+from macaw_server.bench.workload.gain_pictures import draw_gains
 from macaw_server.bench.workload.rate_pictures import draw_ladder, draw_search
 from macaw_server.bench.workload.rates import RATE_COLUMNS
 from macaw_server.bench.workload.report import CaseResult, WorkloadReport
-from macaw_server.bench.workload.sides import BASELINE, MACAW
+from macaw_server.bench.workload.sides import MACAW, SWITCHES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,8 +87,8 @@ def _draw_latency(figure: Figure, report: WorkloadReport, result: CaseResult) ->
     apps = next(iter(result.rounds.values()))[0].apps
     axes = figure.subplots(1, len(apps), squeeze=False)[0]
     for axis, app in zip(axes, apps, strict=True):
-        for side in (BASELINE.name, "peer", MACAW.name):
-            if side in result.rounds:
+        for side in result.rounds:
+            if side not in {each.name for each in SWITCHES.values()}:
                 latencies = sorted(o.latency_s for run in result.rounds[side] for o in run.of(app))
                 shares = [(i + 1) / len(latencies) for i in range(len(latencies))]
                 axis.step(latencies, shares, where="post", label=side)
@@ -97,24 +98,7 @@ def _draw_latency(figure: Figure, report: WorkloadReport, result: CaseResult) ->
 
 
 def _draw_switches(figure: Figure, report: WorkloadReport, result: CaseResult) -> bool:
-    """What each mechanism brings: latency without it over latency with all of them."""
-    summaries = {(s.app, s.side): s for s in report.summaries[result.name]}
-    sides = [side for side in result.rounds if side not in (BASELINE.name, "peer", MACAW.name)]
-    if not sides:
-        return False
-    apps = next(iter(result.rounds.values()))[0].apps
-    axis: Any = figure.subplots()
-    height = 0.8 / len(apps)
-    for i, app in enumerate(apps):
-        whole = summaries[app, MACAW.name].latency_s.median
-        gains = [summaries[app, side].latency_s.median / whole for side in (*sides, BASELINE.name)]
-        axis.barh([n + i * height for n in range(len(gains))], gains, height, label=app)
-    axis.set_yticks([n + 0.4 - height / 2 for n in range(len(sides) + 1)], [*sides, "plain requests"])
-    axis.axvline(1.0, color="black", linewidth=1)
-    axis.set(xlabel="latency over that of macaw with everything on", title=result.name)
-    axis.invert_yaxis()
-    axis.legend()
-    return True
+    return draw_gains(figure, result)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -66,8 +66,10 @@ def _points(probes: Sequence[Probe]) -> list[Point]:
 
 
 def _draw(axis: Any, label: str, line: Sequence[Point], dots: Sequence[Point]) -> str:
-    """A line and dots, hollow where latency is a lower bound; gives the colour."""
-    (drawn,) = axis.plot([p.rate for p in line], [p.token_ms for p in line], label=label)
+    """A line through the means, and dots, hollow where latency is a lower bound; gives the colour."""
+    rates = sorted({p.rate for p in line})
+    means = [statistics.fmean(p.token_ms for p in line if p.rate == rate) for rate in rates]
+    (drawn,) = axis.plot(rates, means, label=label)
     color: str = drawn.get_color()
     fills = ["white" if p.at_least else color for p in dots]
     axis.scatter([p.rate for p in dots], [p.token_ms for p in dots], s=24, c=fills, edgecolors=color, zorder=3)

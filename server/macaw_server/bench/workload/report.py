@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from macaw_server.bench.report import Spread
+from macaw_server.bench.workload.gains import Gain, switch_gains
 from macaw_server.bench.workload.rates import RATE_COLUMNS, RateResult
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.summary import AppSummary, summarize
@@ -27,6 +29,7 @@ COLUMNS = (
     "cached",
     "gain",
 )
+GAINS = "Gain per switch: mean latency without it over that with everything on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,13 @@ class WorkloadReport:
                 last = i + 1 == len(summaries) or summaries[i + 1].app != summary.app
                 table.add_row(*self.cells(summary), end_section=last)
             _print_whole(console, table)
+            if gains := switch_gains(result.rounds):
+                table = Table(title=GAINS)
+                for i, column in enumerate(_gain_columns(gains)):
+                    table.add_column(column, justify="left" if i < 1 else "right", no_wrap=True)
+                for gain in gains:
+                    table.add_row(*_gain_cells(gain))
+                _print_whole(console, table)
         for found in self.rates:
             table = Table(title=found.title)
             for column in RATE_COLUMNS:
@@ -113,6 +123,10 @@ class WorkloadReport:
             lines += ["", f"### {result.name}", "", f"| {' | '.join(self.columns)} |"]
             lines.append("|---|---" + "|--:" * (len(self.columns) - 2) + "|")
             lines += [f"| {' | '.join(self.cells(summary))} |" for summary in self.summaries[result.name]]
+            if gains := switch_gains(result.rounds):
+                lines += ["", f"{GAINS}:", "", f"| {' | '.join(_gain_columns(gains))} |"]
+                lines.append("|---" + "|--:" * len(gains[0].by_app) + "|")
+                lines += [f"| {' | '.join(_gain_cells(gain))} |" for gain in gains]
         for found in self.rates:
             lines += ["", f"### {found.title}", "", f"| {' | '.join(RATE_COLUMNS)} |"]
             lines.append("|---" + "|--:" * (len(RATE_COLUMNS) - 1) + "|")
@@ -126,6 +140,7 @@ class WorkloadReport:
                 "name": result.name,
                 "workload": result.workload,
                 "equal_share": result.equal_share,
+                "gains": [asdict(gain) for gain in switch_gains(result.rounds)],
                 "summaries": [asdict(summary) for summary in self.summaries[result.name]],
                 "rounds": {
                     side: [[outcome.as_json() for outcome in run.outcomes] for run in runs]
@@ -152,6 +167,14 @@ class WorkloadReport:
             _gain(s.gain),
         )
         return cells if s.slo_share is None else (*cells, f"{s.slo_share:.0%}")
+
+
+def _gain_columns(gains: Sequence[Gain]) -> tuple[str, ...]:
+    return ("switch", *gains[0].by_app)
+
+
+def _gain_cells(gain: Gain) -> tuple[str, ...]:
+    return (gain.name, *map(_gain, gain.by_app.values()))
 
 
 def _print_whole(console: Console, table: Table) -> None:

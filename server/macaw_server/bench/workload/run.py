@@ -24,7 +24,7 @@ from macaw_server.bench.workload.probe import Probe, probe
 from macaw_server.bench.workload.rates import RateResult
 from macaw_server.bench.workload.records import Run
 from macaw_server.bench.workload.report import CaseResult, WorkloadReport
-from macaw_server.bench.workload.sides import Side, choose_sides
+from macaw_server.bench.workload.sides import Side, choose_sides, left_out
 from macaw_server.bench.workload.sustain import SearchOptions, programs_at, sample, search_rates
 from macaw_server.bench.workload.texts import Texts
 from macaw_server.config import EngineConfig
@@ -56,6 +56,7 @@ class BenchOptions:
     serve_flags: Sequence[str]
     peer: str | None
     ablate: Sequence[str]
+    baselines: Sequence[str]
     num_rounds: int
     slo_token_ms: float | None
     search: SearchOptions | None = None
@@ -86,7 +87,7 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
         BenchError: Options that contradict each other, a failed request, or answers that differ.
         StartupError: No such model.
     """
-    sides = choose_sides(options.ablate, options.peer)
+    sides = choose_sides(options.ablate, options.peer, options.baselines, options.serve_flags)
     search = options.search
     cases = [Case(*values) for values in product(options.workloads, options.rtts_ms, options.rates)]
     # Every run is a tenant of its own, so that each begins with a cold cache on a warm server. A search is one tenant:
@@ -95,6 +96,8 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
     keys = {(case, i): secrets.token_hex(16) for case in cases for i in (-1, *runs)}
     facts = {"command": command([]), "commit": commit(), "machine": machine(), "load": load()}
     facts["lengths"] = f"{options.options.scale:g} of the published ones; arrivals and gaps {options.speed:g}x as fast"
+    if why := left_out(options.ablate, options.serve_flags):
+        facts["left out"] = why
     texts = Texts(load_tokenizer(EngineConfig(model=options.model)), options.options.seed)
     if search:
         minutes = len(sides) * sum(_limit_s(case, search, options) for case in cases) / 60
@@ -109,10 +112,12 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             progress.update(bar, description=f"starting: {side.name}")
             flags = [*options.serve_flags, *side.flags, *(f"--api-key={key}" for key in keys.values())]
             url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
-            servers[side] = (url, _model_name(url, next(iter(keys.values()))))
+            servers[side] = (url, _model(url, next(iter(keys.values()))))
 
         def client(side: Side, case: Case, i: int) -> WorkloadClient:
-            return WorkloadClient(*servers[side], keys[case, i], side.way, texts, case.rtt_ms / 1000)
+            url, model = servers[side]
+            key, rtt_s = keys[case, i], case.rtt_ms / 1000
+            return WorkloadClient(url, model.name, key, side.way, texts, chat=model.chat, rtt_s=rtt_s)
 
         def on_side(side: Side, case: Case, i: int, programs: Sequence[ProgramSpec]) -> Run:
             progress.update(bar, description=f"{case.name}: {side.name}")
@@ -241,12 +246,20 @@ def _limit_s(case: Case, search: SearchOptions, options: BenchOptions) -> float:
     return search.limit_s(options.num_rounds, max(map(search.slo.allowed_s, programs)))
 
 
-def _model_name(url: str, api_key: str) -> str:
-    """The first model that a server lists."""
+class _Model(NamedTuple):
+    """Its name, and whether it takes chats."""
+
+    name: str
+    chat: bool
+
+
+def _model(url: str, api_key: str) -> _Model:
+    """The first model that a server lists; who does not say takes chats."""
     try:
         response = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {api_key}"})
         response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
+        model = response.json()["data"][0]
+        return _Model(str(model["id"]), bool(model.get("has_chat_template", True)))
     except (httpx.HTTPError, ValueError, LookupError) as e:
         raise BenchError(
             f"{url}/v1/models does not list a model ({type(e).__name__}: {e}). "
