@@ -163,9 +163,9 @@ def _columns(places: Sequence[_Place]) -> list[float]:
 
 
 def _edge(route: Sequence[_Place], columns: Sequence[float]) -> str:
-    points = [(columns[route[0].layer] + route[0].width, route[0].y)]
-    for place in route[1:-1]:  # straight through the layer, between its boxes
-        points += [(columns[place.layer], place.y), (columns[place.layer + 1] - COLUMN_GAP, place.y)]
+    points = []
+    for place in route[:-1]:  # straight out of its layer, between the boxes there
+        points += [(columns[place.layer] + place.width, place.y), (columns[place.layer + 1] - COLUMN_GAP, place.y)]
     x, y = columns[route[-1].layer], route[-1].y
     points.append((x - 7, y))
     path = [f"M{points[0][0]:.1f},{points[0][1]:.1f}"]
