@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,6 +51,25 @@ class Box:
         """What stands in the box."""
         arrow = "→ " if self.kind != "variable" else ""
         return self.title, f"{arrow}{self.note}" + (f" ({self.objective})" if self.objective else "")
+
+
+class Pictured(ABC):
+    """What has a graph to look at. In a notebook it shows itself as a picture."""
+
+    def to_mermaid(self) -> str:
+        """The graph in mermaid's language."""
+        return mermaid(self._boxes())
+
+    def to_svg(self) -> str:
+        """The graph as a picture, on light and on dark pages."""
+        return svg(self._boxes())
+
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
+
+    @abstractmethod
+    def _boxes(self) -> list[Box]:
+        """The nodes; producers first."""
 
 
 @dataclass(slots=True)
