@@ -8,13 +8,15 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share two cores
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from macaw import MacawClient
 from macaw_server.serve import LocalServer
 
-# No deadlines: machines are shared. In CI the same examples in each run: what is new is found by those who develop.
-settings.register_profile("macaw", deadline=None, derandomize="CI" in os.environ)
+# Nothing is timed: machines are shared. In CI the same examples in each run: what is new is found by those who develop.
+settings.register_profile(
+    "macaw", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("macaw")
 
 TENANTS = ("tenant-a", "tenant-b")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, Self, cast
@@ -15,7 +14,6 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ContextThreadPoolExecutor
-from langchain_core.utils import secret_from_env
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, SecretStr, model_validator
@@ -23,18 +21,15 @@ from pydantic import Field, SecretStr, model_validator
 from langchain_macaw.completions import AsyncReplayingCompletions, ReplayingCompletions
 from langchain_macaw.hints import awith_hints, follower, with_hints
 from langchain_macaw.served import served_profile, tokenize
+from langchain_macaw.served_model import SAMPLING_EXTENSIONS, ServedModel, moved_to_body
 from langchain_macaw.structured import parsed, response_format
 from macaw import AsyncMacawClient, MacawClient, __version__
-from macaw.connections import shared_async_client, shared_client
 
-SAMPLING_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens", "stop_token_ids")
-"""Fields of the protocol that OpenAI's API, and so its client, does not have."""
 _ABOUT_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _MAX_THREADS = 64
-_NOT_PICKLED = {"client", "async_client", "root_client", "root_async_client"}
 
 
-class ChatMacaw(BaseChatOpenAI):
+class ChatMacaw(ServedModel, BaseChatOpenAI):
     """A chat model on a Macaw server, in the place of `ChatOpenAI`.
 
     It takes `ChatOpenAI`'s arguments; what the server does not know it refuses by name. In a chain that went
@@ -54,35 +49,9 @@ class ChatMacaw(BaseChatOpenAI):
         http_async_client: An `httpx.AsyncClient`; it must fit all event loops that the model is used from.
     """
 
-    model_name: str = Field(alias="model")
-    openai_api_base: str | None = Field(
-        default_factory=lambda: os.environ.get("MACAW_BASE_URL", "http://127.0.0.1:8000/v1"), alias="base_url"
-    )
-    openai_api_key: SecretStr | None = Field(
-        default_factory=secret_from_env("MACAW_API_KEY", default="none"), alias="api_key"
-    )
     max_tokens: int | None = Field(default=None, alias="max_completion_tokens")
-    http_client: Any | None = Field(default_factory=shared_client, exclude=True)
-    http_async_client: Any | None = Field(default_factory=shared_async_client, exclude=True)
-    openai_proxy: str | None = None
     http_socket_options: Any | None = Field(default=(), exclude=True)
     stream_usage: bool | None = True
-
-    top_k: int | None = None
-    """Candidates kept; 0 is off."""
-    min_p: float | None = None
-    """Least probability of a candidate, relative to the most likely one's."""
-    repetition_penalty: float | None = None
-    """Divides the logits of tokens that prompt or output have; 1 is off."""
-    ignore_eos: bool | None = None
-    """Go on to `max_tokens`, whatever the model says."""
-    min_tokens: int | None = None
-    """Output tokens before the model may stop."""
-    stop_token_ids: list[int] | None = None
-    """Tokens that end the output."""
-
-    hints: bool = True
-    """Say with each request what it belongs to; see `langchain_macaw.hints`."""
 
     @model_validator(mode="after")
     def _speak_chat_completions(self) -> Self:
@@ -123,16 +92,6 @@ class ChatMacaw(BaseChatOpenAI):
     # -------------------------------------------------------------------------------------------------------
     # How LangChain writes and traces it
 
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """Fields that are written as a reference to an environment variable."""
-        return {"openai_api_key": "MACAW_API_KEY"}
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """It can be written by `langchain_core.load.dumps`."""
-        return True
-
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
         """Where `langchain_core.load` finds the class."""
@@ -144,11 +103,6 @@ class ChatMacaw(BaseChatOpenAI):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return LangSmithParams(**{**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "macaw"})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Connections stay behind; a model that was given its own HTTP client cannot be pickled."""
-        fields = {name: getattr(self, name) for name in self.model_fields_set - _NOT_PICKLED}
-        return _rebuild, (type(self), fields)
 
     # -------------------------------------------------------------------------------------------------------
     # Requests
@@ -172,12 +126,9 @@ class ChatMacaw(BaseChatOpenAI):
         payload = super()._get_request_payload(input_, stop=stop, **kwargs)
         if payload.get("tools") == []:  # as agents without tools bind them
             payload = {name: value for name, value in payload.items() if name not in _ABOUT_TOOLS}
-        body = {name: payload.pop(name) for name in SAMPLING_EXTENSIONS if name in payload}
         if (wanted := payload.pop("response_format", None)) is not None:
-            body["response_format"] = response_format(wanted)
-        if body:
-            payload["extra_body"] = {**body, **(payload.get("extra_body") or {})}
-        return payload
+            payload["response_format"] = response_format(wanted)
+        return moved_to_body(payload, (*SAMPLING_EXTENSIONS, "response_format"))
 
     def _generate(
         self,
@@ -378,10 +329,6 @@ def _set_profile(model: ChatMacaw, profile: ModelProfile | None) -> None:
 
 # A field may not be a property, but an attribute of the class comes before what an instance has of that name.
 ChatMacaw.profile = property(ChatMacaw._served_profile, _set_profile)  # type: ignore[assignment]
-
-
-def _rebuild(cls: type[ChatMacaw], fields: dict[str, Any]) -> ChatMacaw:
-    return cls(**fields)
 
 
 def _without_none(output: Any) -> Any:

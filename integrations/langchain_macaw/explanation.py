@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from macaw.functions.drawing import Box, mermaid, svg
+from macaw.functions.drawing import Box, Pictured
 
 Verdict = Literal["", "call", "static", "client", "dynamic", "fails"]
 
@@ -64,8 +64,11 @@ class Step:
 
 
 @dataclass(frozen=True, repr=False)
-class Explanation:
-    """The steps of a chain, in the order in which they were read; a notebook shows it as a picture."""
+class Explanation(Pictured):
+    """The steps of a chain, in the order in which they were read; a notebook shows it as a picture.
+
+    What is known only later is dashed there.
+    """
 
     steps: list[Step]
 
@@ -91,17 +94,6 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-    def to_mermaid(self) -> str:
-        """The picture in mermaid's language."""
-        return mermaid(self._boxes())
-
-    def to_svg(self) -> str:
-        """The picture: calls, client steps, and dashed what is known only later."""
-        return svg(self._boxes())
-
-    def _repr_svg_(self) -> str:
-        return self.to_svg()
 
     def _summary(self) -> str:
         found = Counter(step.verdict for step in self.steps)

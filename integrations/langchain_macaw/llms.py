@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.utils import secret_from_env
 from langchain_openai.llms.base import BaseOpenAI
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, model_validator
 
-from langchain_macaw.chat_models import SAMPLING_EXTENSIONS
 from langchain_macaw.hints import awith_hints, follower, with_hints
 from langchain_macaw.served import tokenize
+from langchain_macaw.served_model import SAMPLING_EXTENSIONS, ServedModel, moved_to_body
 from macaw import __version__
-from macaw.connections import shared_async_client, shared_client
 
-_NOT_PICKLED = {"client", "async_client"}
 _OPENAI_PARAMETERS = (
     "temperature",
     "max_tokens",
@@ -34,7 +30,7 @@ _OPENAI_PARAMETERS = (
 )
 
 
-class MacawLLM(BaseOpenAI):
+class MacawLLM(ServedModel, BaseOpenAI):
     """A text completion model on a Macaw server, in the place of `langchain_openai.OpenAI`.
 
     It takes that class's arguments. What is not given is not sent: the server's defaults count, and without
@@ -53,17 +49,7 @@ class MacawLLM(BaseOpenAI):
         stop: Strings that end the answer.
     """
 
-    model_name: str = Field(alias="model")
-    openai_api_base: str | None = Field(
-        default_factory=lambda: os.environ.get("MACAW_BASE_URL", "http://127.0.0.1:8000/v1"), alias="base_url"
-    )
-    openai_api_key: SecretStr | None = Field(
-        default_factory=secret_from_env("MACAW_API_KEY", default="none"), alias="api_key"
-    )
     openai_organization: str | None = None
-    openai_proxy: str | None = None
-    http_client: Any | None = Field(default_factory=shared_client, exclude=True)
-    http_async_client: Any | None = Field(default_factory=shared_async_client, exclude=True)
     batch_size: int = 256
 
     temperature: float | None = None  # type: ignore[assignment]
@@ -72,14 +58,6 @@ class MacawLLM(BaseOpenAI):
     frequency_penalty: float | None = None  # type: ignore[assignment]
     presence_penalty: float | None = None  # type: ignore[assignment]
     stop: list[str] | str | None = Field(default=None, alias="stop_sequences")
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    hints: bool = True
-    """Say with each request what it belongs to; see `langchain_macaw.hints`."""
 
     @model_validator(mode="after")
     def _set_macaw_version(self) -> Self:
@@ -89,16 +67,6 @@ class MacawLLM(BaseOpenAI):
         if self.hints:
             follower()
         return self
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """Fields that are written as a reference to an environment variable."""
-        return {"openai_api_key": "MACAW_API_KEY"}
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """It can be written by `langchain_core.load.dumps`."""
-        return True
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
@@ -114,11 +82,6 @@ class MacawLLM(BaseOpenAI):
         params["ls_provider"], params["ls_model_name"] = "macaw", kwargs.get("model", self.model_name)
         return params
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Connections stay behind; a model that was given its own HTTP client cannot be pickled."""
-        fields = {name: getattr(self, name) for name in self.model_fields_set - _NOT_PICKLED}
-        return _rebuild, (type(self), fields)
-
     @property
     def _default_params(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in (*_OPENAI_PARAMETERS, *SAMPLING_EXTENSIONS)}
@@ -132,13 +95,7 @@ class MacawLLM(BaseOpenAI):
         payload = {**self._invocation_params, **kwargs}
         if stop is not None:
             payload["stop"] = stop
-        extensions = {name: payload.pop(name) for name in SAMPLING_EXTENSIONS if name in payload}
-        for name in ("response_format", "structured_outputs"):
-            if name in payload:
-                extensions[name] = payload.pop(name)
-        if extensions:
-            payload["extra_body"] = {**extensions, **(payload.get("extra_body") or {})}
-        return payload
+        return moved_to_body(payload, (*SAMPLING_EXTENSIONS, "response_format", "structured_outputs"))
 
     def _generate(
         self,
@@ -259,7 +216,3 @@ def _with_usage(payload: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(answer: dict[str, Any]) -> dict[str, Any]:
     return answer.get("macaw") or {}
-
-
-def _rebuild(cls: type[MacawLLM], fields: dict[str, Any]) -> MacawLLM:
-    return cls(**fields)

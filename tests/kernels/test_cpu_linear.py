@@ -64,3 +64,16 @@ def test_what_is_not_taken_is_refused() -> None:
         PackedLinear(torch.randn(4, 4).half(), None, "bfloat16")
     with pytest.raises(ValueError, match="input has 6 features, the weight 4"):
         PackedLinear(torch.randn(4, 4), None, "float32")(torch.randn(1, 6))
+
+
+@pytest.mark.parametrize("weight_type", ["float32", "bfloat16", "int8"])
+def test_the_default_dtype_has_no_say(weight_type: WeightType) -> None:
+    weight, bias, x = torch.randn(40, 16), torch.randn(40), torch.randn(3, 16)
+    expected = PackedLinear(weight, bias, weight_type)(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = PackedLinear(weight, bias, weight_type)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

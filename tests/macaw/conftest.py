@@ -14,8 +14,10 @@ from starlette.applications import Starlette
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+import macaw
 from macaw.async_client import AsyncMacawClient, AsyncProgramStream
 from macaw.client import MacawClient
+from macaw.functions import driver
 
 
 class Seen(NamedTuple):
@@ -182,3 +184,14 @@ def connect(request, server):
 @pytest.fixture
 def client(connect):
     return connect()
+
+
+@pytest.fixture
+def session(server):
+    with macaw.session(server.url) as session:
+        yield session
+
+
+@pytest.fixture
+def quick_end(monkeypatch):
+    monkeypatch.setattr(driver, "END_TIMEOUT_S", 0.0)  # a scripted stream may not end

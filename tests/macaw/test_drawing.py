@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import xml.etree.ElementTree as ET
 
 from hypothesis import given
@@ -100,3 +101,26 @@ def test_boxes_do_not_overlap_and_edges_go_right(boxes):
         assert len(layers) >= 2
     root = ET.fromstring(svg(boxes))
     assert float(root.get("height")) >= max(place.y + place.height / 2 for place in places)
+
+
+def points(path):
+    """Places on an edge, from the arrow's start to its head."""
+    numbers = [float(number) for number in re.findall(r"-?[0-9.]+", path)]
+    corners = list(zip(numbers[::2], numbers[1::2], strict=True))
+    for (x0, y0), (x1, y1), (x2, y2), (x3, y3) in zip(*(corners[i::3] for i in range(3)), corners[3::3], strict=False):
+        for t in (i / 16 for i in range(17)):
+            a, b, c, d = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3
+            yield a * x0 + b * x1 + c * x2 + d * x3, a * y0 + b * y1 + c * y2 + d * y3
+
+
+@given(graphs())
+def test_edges_run_through_no_box(boxes):
+    root = ET.fromstring(svg(boxes))
+    rects = [
+        tuple(float(rect.get(name)) for name in ("x", "y", "width", "height")) for rect in root.iter(f"{SVG}rect")
+    ][1:]
+    for edge in root.iter(f"{SVG}path"):
+        if edge.get("class") == "edge":
+            for x, y in points(edge.get("d")):
+                for left, top, width, height in rects:
+                    assert not (left + 1 < x < left + width - 1 and top + 1 < y < top + height - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,6 +51,25 @@ class Box:
         """What stands in the box."""
         arrow = "→ " if self.kind != "variable" else ""
         return self.title, f"{arrow}{self.note}" + (f" ({self.objective})" if self.objective else "")
+
+
+class Pictured(ABC):
+    """What has a graph to look at. In a notebook it shows itself as a picture."""
+
+    def to_mermaid(self) -> str:
+        """The graph in mermaid's language."""
+        return mermaid(self._boxes())
+
+    def to_svg(self) -> str:
+        """The graph as a picture, on light and on dark pages."""
+        return svg(self._boxes())
+
+    def _repr_svg_(self) -> str:
+        return self.to_svg()
+
+    @abstractmethod
+    def _boxes(self) -> list[Box]:
+        """The nodes; producers first."""
 
 
 @dataclass(slots=True)
@@ -163,9 +183,9 @@ def _columns(places: Sequence[_Place]) -> list[float]:
 
 
 def _edge(route: Sequence[_Place], columns: Sequence[float]) -> str:
-    points = [(columns[route[0].layer] + route[0].width, route[0].y)]
-    for place in route[1:-1]:  # straight through the layer, between its boxes
-        points += [(columns[place.layer], place.y), (columns[place.layer + 1] - COLUMN_GAP, place.y)]
+    points = []
+    for place in route[:-1]:  # straight out of its layer, between the boxes there
+        points += [(columns[place.layer] + place.width, place.y), (columns[place.layer + 1] - COLUMN_GAP, place.y)]
     x, y = columns[route[-1].layer], route[-1].y
     points.append((x - 7, y))
     path = [f"M{points[0][0]:.1f},{points[0][1]:.1f}"]

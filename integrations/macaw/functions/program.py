@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 from macaw.client import MacawClient
-from macaw.functions.drawing import Box, mermaid, svg
+from macaw.functions.drawing import Box, Pictured
 from macaw.functions.graph import Call, Graph, Node
 from macaw.functions.variable import SemanticVariable
 from macaw.timeline import Timeline
 
 
-class Program:
+class Program(Pictured):
     """A session's program so far. In a notebook it shows itself as a picture.
 
     Attributes:
@@ -39,17 +39,6 @@ class Program:
     async def atrace(self) -> Timeline:
         """`trace` for asyncio."""
         return await asyncio.to_thread(self.trace)
-
-    def to_mermaid(self) -> str:
-        """The graph in mermaid's language."""
-        return mermaid(self._boxes())
-
-    def to_svg(self) -> str:
-        """The graph as a picture, on light and on dark pages."""
-        return svg(self._boxes())
-
-    def _repr_svg_(self) -> str:
-        return self.to_svg()
 
     def __repr__(self) -> str:
         return f"<Program {self.id or '(not sent)'}: {len(self._graph.nodes)} calls and steps>"

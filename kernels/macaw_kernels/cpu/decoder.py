@@ -265,7 +265,7 @@ class NativeDecoder:
                 f"a context of {plan.context_lens.max()} tokens; the rotary tables are made for {self.max_model_len}"
             )
         threads = torch.get_num_threads()
-        logits = torch.empty(len(rows), self._struct.vocab)
+        logits = torch.empty(len(rows), self._struct.vocab, dtype=torch.float32)
         kinds = [plan_arguments(plan, window, threads) for window in self._windows]
         attention_workspace = max(kind.workspace_bytes for kind in kinds)
         step = _Step(

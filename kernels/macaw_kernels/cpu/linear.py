@@ -60,10 +60,10 @@ class PackedLinear:
         padded = -(-self.n // panel) * panel
         weight = weight.detach().contiguous()
         self._panels = torch.empty(padded * self.k, dtype=dtype)
-        self._scales = torch.empty(padded if weight_type == "int8" else 0)
+        self._scales = torch.empty(padded if weight_type == "int8" else 0, dtype=torch.float32)
         self._bias = None
         if bias is not None:
-            self._bias = torch.zeros(padded)
+            self._bias = torch.zeros(padded, dtype=torch.float32)
             self._bias[: self.n] = bias.detach()
         library.macaw_pack(
             ctypes.c_int32(weight.dtype == torch.bfloat16),
@@ -97,7 +97,7 @@ class PackedLinear:
             raise ValueError(f"input has {x.shape[-1]} features, the weight {self.k}")
         as_bf16 = x.dtype == torch.bfloat16 == self._panels.dtype
         rows = x.detach().to(torch.bfloat16 if as_bf16 else torch.float32).reshape(-1, self.k).contiguous()
-        y = torch.empty(*x.shape[:-1], self.n)
+        y = torch.empty(*x.shape[:-1], self.n, dtype=torch.float32)
         load_library().macaw_linear(
             ctypes.byref(self.struct),
             ctypes.c_int32(as_bf16),

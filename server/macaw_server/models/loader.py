@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 DEMO_MODEL = "macaw-demo"
 DEMO_FOLDER = Path(__file__).with_name("demo")
 Progress = Callable[[str], None]
+
+_constructing = threading.Lock()
+"""Held while a model is constructed: until then torch's default dtype, its random state and its initialisers are what
+transformers makes of them, and they are the whole process's."""
 
 
 def resolve(config: EngineConfig) -> str:
@@ -149,7 +154,7 @@ def load_model(
     if config.load_format == "dummy" or config.model == DEMO_MODEL:
         progress(f"making random weights for {config.model}")
         # The caller's random state is none of our business.
-        with torch.random.fork_rng(devices=[]):
+        with _constructing, torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="eager")
         if distributed:
@@ -159,15 +164,16 @@ def load_model(
     size = f" ({sum(f.stat().st_size for f in files) / 1e9:.1f} GB)" if files else ""
     progress(f"reading the weights of {config.model}{size}")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            resolve(config),
-            revision=config.revision,
-            config=hf,
-            dtype=dtype,
-            attn_implementation="eager",
-            output_loading_info=True,
-            **distributed,
-        )
+        with _constructing:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                resolve(config),
+                revision=config.revision,
+                config=hf,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **distributed,
+            )
     except Exception as e:
         raise _cannot_read(config, e) from e
     missing = sorted(report["missing_keys"])

@@ -188,11 +188,12 @@ def _ropes(body: Any, modules: list[Any], max_model_len: int) -> tuple[list[tupl
     if len(distinct) > 2:
         raise NotNativeError(f"it has {len(distinct)} kinds of rotary embeddings")
     positions = torch.arange(max_model_len).unsqueeze(0)
+    like = torch.zeros(1, 1, 1, dtype=torch.float32)  # of the tables' dtype
     tables = []
     with torch.inference_mode():
         for kind in distinct:
             args = () if kind is None else (kind,)
-            cos, sin = (table[0] for table in rotary(torch.zeros(1, 1, 1), positions, *args))
+            cos, sin = (table[0] for table in rotary(like, positions, *args))
             half = cos.shape[-1] // 2
             if not (torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:])):
                 raise NotNativeError("its rotary embedding is not by halves")

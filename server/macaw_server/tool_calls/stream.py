@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import regex
 
+from .markers import num_partial
 from .types import Arguments, CallBody, CallStart, Content, Piece, Schemas, ToolFormat
 
 
@@ -88,7 +89,7 @@ class ToolCallStream:
             self._pass_on(pieces, found)
             self._open(self._format.begin, len(self._format.begin))
             return True
-        self._pass_on(pieces, len(self._buffer) - (0 if last else _num_partial(self._buffer, self._format.begin)))
+        self._pass_on(pieces, len(self._buffer) - (0 if last else num_partial(self._buffer, self._format.begin)))
         return False
 
     def _in_call(self, pieces: list[Piece], last: bool) -> bool:
@@ -167,8 +168,3 @@ def merged(pieces: list[Piece]) -> list[Piece]:
 
 def _content(text: str) -> list[Piece]:
     return [Content(text)] if text else []
-
-
-def _num_partial(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import regex
 
 from .json_body import JsonBody, Tail
+from .markers import num_partial
 from .types import Arguments, CallStart, Piece, Schemas, Taken
 
 _HEADER = regex.compile(r"\s*<function=(?P<name>[^>\s]{1,256})>")
@@ -28,8 +29,10 @@ class XmlBody:
     def __init__(self, schemas: Schemas, json_body: JsonBody) -> None:
         self._schemas = schemas
         self._json_body = json_body
-        self._state: Literal["header", "json", "parameters", "end"] = "header"
+        self._state: Literal["header", "json", "parameters", "value"] = "header"
         self._properties: Mapping[str, Any] = {}
+        self._key = ""
+        self._value: list[str] = []  # of the parameter that is being written
         self._num_parameters = 0
 
     def take(self, text: str, *, last: bool) -> Taken:
@@ -48,15 +51,22 @@ class XmlBody:
             self._properties = properties if isinstance(properties, dict) else {}
             pieces.append(CallStart(match["name"]))
             position, self._state = match.end(), "parameters"
-        while self._state == "parameters":
-            match = _PARAMETER.match(text, position, partial=not last)
-            if match is None:
-                break
-            close = -1 if match.partial else text.find(_CLOSE, match.end())
+        while True:
+            if self._state == "parameters":
+                match = _PARAMETER.match(text, position, partial=not last)
+                if match is None:
+                    break
+                if match.partial:
+                    return Taken(pieces, position, "more")
+                self._key, position, self._state = match["key"], match.end(), "value"
+            close = text.find(_CLOSE, position)
             if close < 0:
-                return Taken(pieces, position, "more")
-            pieces.append(self._argument(match["key"], text[match.end() : close]))
-            position = close + len(_CLOSE)
+                used = len(text) if last else max(position, len(text) - num_partial(text, _CLOSE))
+                self._value.append(text[position:used])
+                return Taken(pieces, used, "more")
+            self._value.append(text[position:close])
+            pieces.append(self._argument())
+            position, self._state = close + len(_CLOSE), "parameters"
         if last and position == len(text):
             return Taken(pieces, position, "more")  # cut off
         end = _TAIL.match(text, position, last=last)
@@ -65,8 +75,10 @@ class XmlBody:
         pieces.append(Arguments("}" if self._num_parameters else "{}"))
         return Taken(pieces, end.position, end.status)
 
-    def _argument(self, key: str, raw: str) -> Arguments:
-        raw = raw.removeprefix("\n").removesuffix("\n")
+    def _argument(self) -> Arguments:
+        """The parameter that is there."""
+        key, raw = self._key, "".join(self._value).removeprefix("\n").removesuffix("\n")
+        self._value.clear()
         opening = ", " if self._num_parameters else "{"
         self._num_parameters += 1
         value = _typed(raw, self._properties.get(key))

@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 from macaw.protocol import ProgramRequest
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, TokenLogprobs
-from macaw_server.service import ProgramService, ServedModel, ServiceConfig
+from macaw_server.service import ProgramService, ServedModel, ServiceConfig, Tenant
 from macaw_server.service.tenants import ANONYMOUS
 
 DOCS = Path(__file__).parents[3] / "docs"
 MODEL = "tiny/scripted"
 MAX_MODEL_LEN = 400
 EOS = 1
+OTHER = Tenant("other", "salt-of-other")
+CHAIN = {"Draft": "a draft", "Polish": "a polished text"}
 
 
 @cache
@@ -225,3 +227,13 @@ async def until(condition):
     """Let the event loop work until something holds; the test's own timeout is the bound."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+def chain(**fields):
+    return program(("draft", "Draft it."), ("polish", "Polish: ", "$draft.out"), targets=["polish.out"], **fields)
+
+
+async def finished(service, request, **kwargs):
+    run = await submit(service, request, **kwargs)
+    await run.wait()
+    return run

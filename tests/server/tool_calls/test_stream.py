@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macaw_server.tool_calls import FORMATS, Arguments, Call, CallStart, Content, ToolCallStream, collected, parse
+from macaw_server.tool_calls.types import CallBody, Taken
 
 SCHEMAS = {
     "f": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}, "l": {"type": "array"}}},
@@ -171,6 +173,30 @@ def test_an_argument_that_is_text_by_the_schema_is_never_read_as_json() -> None:
     text = "<tool_call>\n<function=f>\n<parameter=s>\n12\n</parameter>\n<parameter=x>\nTrue\n</parameter>\n</function>"
     (call,) = parse(FORMATS["qwen3_coder"], SCHEMAS, text)[1]
     assert json.loads(call.arguments) == {"s": "12", "x": True}
+
+
+class Counting:
+    """A reader of a call, and how many characters it was given."""
+
+    num_chars = 0
+
+    def __init__(self, body: CallBody) -> None:
+        self._body = body
+
+    def take(self, text: str, *, last: bool) -> Taken:
+        Counting.num_chars += len(text)
+        return self._body.take(text, last=last)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "pythonic"])  # a list is read as a whole
+def test_reading_a_long_argument_is_linear_work(name: str) -> None:
+    format = FORMATS[name]
+    counted = replace(format, body=lambda schemas: Counting(format.body(schemas)))
+    text = written(name, [("f", {"s": "some </words> " * 200})])
+    stream, Counting.num_chars = ToolCallStream(counted, SCHEMAS), 0
+    pieces = [piece for char in text for piece in stream.add(char)] + stream.end()
+    assert [call.name for call in collected(pieces)[1]] == ["f"]
+    assert Counting.num_chars < 4 * len(text) + 4000, "headers and tails are read again, values are not"
 
 
 def test_an_answer_is_over_with_the_calls_that_it_may_have() -> None:
