@@ -1,0 +1,104 @@
+"""The commands of `macaw trace`; what they need is loaded when they run."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from macaw_server.traces.lines import Totals
+
+trace = typer.Typer(
+    name="trace", no_args_is_help=True, help="Record what a live server does, without its texts, and do it again."
+)
+
+Url = Annotated[str | None, typer.Option(help="Of the server; default: MACAW_BASE_URL, or this machine's port 8000.")]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", metavar="KEY", help="Repeat for several tenants; default: MACAW_API_KEY."),
+]
+Tenants = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="All tenants of this TOML file, which is the server's.")
+]
+
+
+@trace.command()
+def record(
+    url: Url = None,
+    api_key: ApiKeys = None,
+    tenants: Tenants = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Default: until Ctrl-C.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The trace.")] = Path("trace.jsonl"),
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens of a block, from 16; default: the server's page, in which it shares.")
+    ] = None,
+) -> None:
+    """Write the calls that run meanwhile as a trace: lengths, times, who waits for whom, and what is shared."""
+    import asyncio
+    import signal
+
+    from macaw import MacawError
+    from macaw_server.errors import ConfigError
+    from macaw_server.traces.record import RecordError, RecordOptions
+    from macaw_server.traces.record import record as run
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    async def main() -> Totals:
+        interrupted = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
+
+        async def stop() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await interrupted.wait()
+
+        def on_started(root: str) -> None:
+            until = "until Ctrl-C" if seconds is None else f"for {seconds:g} s"
+            console.print(f"recording {escape(root)} {until}")
+
+        return await run(RecordOptions(url, _keys(api_key, tenants), out, block_size), stop, on_started)
+
+    try:
+        totals = asyncio.run(main())
+    except (RecordError, MacawError, ConfigError, ValueError, OSError) as e:
+        raise _failed(e) from e
+    if not totals.num_calls:
+        raise _failed(RecordError(f"No call ended meanwhile, so {out} is empty. Record while something runs."))
+    console.print(f"{escape(str(out))}: {_told(totals)}")
+
+
+def _told(totals: Totals) -> str:
+    words = [
+        f"{totals.num_programs:,} programs",
+        f"{totals.num_calls:,} calls",
+        f"{totals.prompt_tokens:,} prompt tokens ({totals.cached_tokens / max(1, totals.prompt_tokens):.1%} cached)",
+        f"{totals.output_tokens:,} output tokens",
+    ]
+    if totals.num_cut:
+        words.append(f"{totals.num_cut:,} calls failed or were cancelled, and are there as far as they came")
+    if totals.num_lost:
+        words.append(
+            f"[yellow]{totals.num_lost:,} calls are missing, for they came faster than they could be written[/]"
+        )
+    return ", ".join(words)
+
+
+def _keys(api_keys: list[str] | None, tenants: Path | None) -> list[str]:
+    """One key of each tenant."""
+    if tenants is None:
+        return api_keys or []
+    from macaw_server.service.tenants import read_tenants
+
+    return [*(api_keys or []), *(tenant.keys[0] for tenant in read_tenants(tenants))]
+
+
+def _failed(error: Exception) -> typer.Exit:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}")
+    return typer.Exit(1)
