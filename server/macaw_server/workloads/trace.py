@@ -13,9 +13,10 @@ timestamp, and one without ``program_id`` is a program of its own.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def read_trace(path: Path) -> list[ProgramSpec]:
         raise TraceError(f"{path} has no lines.")
     start_s = min(program.arrival_s for program in programs.values())
     specs = [_program(program_id, program, start_s) for program_id, program in programs.items()]
-    return sorted(specs, key=lambda spec: spec.arrival_s)
+    return sorted(_merged(specs), key=lambda spec: spec.arrival_s)
 
 
 def _add(program: _Growing, program_id: str, line: dict[str, Any], number: int, block_size: int) -> None:
@@ -198,6 +199,24 @@ def _program(program_id: str, program: _Growing, start_s: float) -> ProgramSpec:
         deadline_s=line["deadline_ms"] / 1000 if "deadline_ms" in line else None,
         tenant=line.get("tenant", "t0"),
     )
+
+
+def _merged(specs: list[ProgramSpec]) -> list[ProgramSpec]:
+    """Blocks that always come together, as one text: there are many, and what counts is where prompts part."""
+    counts = Counter(part for spec in specs for call in spec.calls for part in call.parts)
+
+    def merged(parts: tuple[Part, ...]) -> Iterator[Part]:
+        for is_text, run in groupby(parts, lambda part: counts[part] if isinstance(part, Text) else 0):
+            run = list(run)
+            if is_text:
+                yield Text(run[0].key, sum(text.length for text in run))
+            else:
+                yield from run
+
+    return [
+        replace(spec, calls=tuple(replace(call, parts=tuple(merged(call.parts))) for call in spec.calls))
+        for spec in specs
+    ]
 
 
 def _gap_s(line: dict[str, Any], arrival_s: float) -> float:

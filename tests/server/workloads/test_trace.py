@@ -116,6 +116,14 @@ def test_unsound_lines_are_refused_by_number(line: object, message: str, tmp_pat
         read(tmp_path / "t", {**LINE, "program_id": "p", "node": "a"}, line)
 
 
+def test_blocks_are_one_text_up_to_where_prompts_part(tmp_path: Path) -> None:
+    lines = [{**LINE, "input_length": 2048, "hash_ids": ids} for ids in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 7])]
+    parts = [program.calls[0].parts for program in read(tmp_path / "t", *lines)]
+    assert parts[0] == (Text("block1", 1024), Text("block3", 1024))
+    assert parts[1] == (Text("block1", 1024), Text("block5", 512), Text("block6", 512))
+    assert parts[2] == (*parts[1][:2], Text("block7", 512))
+
+
 def test_a_program_arrives_with_its_earliest_line(tmp_path: Path) -> None:
     of = {"program_id": "p"}
     later = {**LINE, **of, "node": "a", "timestamp": 1800}
@@ -133,7 +141,7 @@ class TestAnswersInPrompts:
 
     def test_a_prompt_goes_on_with_an_answer(self, tmp_path: Path) -> None:
         parts = self.parts(tmp_path / "t", {"answer_ids": [2, 3]}, deps=["a"])
-        assert parts == (Text("block0", 16), Text("block1", 4), Output("a"), Text("block4", 10))
+        assert parts == (Text("block0", 20), Output("a"), Text("block4", 10))
 
     @pytest.mark.parametrize(
         "fields",
@@ -152,7 +160,7 @@ class TestAnswersInPrompts:
         line = {**self.FIRST, "program_id": "p", "answer_ids": [2, 3]}
         lines = [{**line, "node": "a"}, {**line, "node": "other"}, {**self.NEXT, "deps": ["a"]}]
         [program] = read(tmp_path / "t", *lines)
-        assert program.calls[2].parts[2] == Output("a")
+        assert program.calls[2].parts[1] == Output("a")
 
     def test_a_workload_keeps_them(self, tmp_path: Path) -> None:
         [before] = make_workload("agents", WorkloadOptions(num_programs=1))
