@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -72,6 +72,45 @@ def record(
     if not totals.num_calls:
         raise _failed(RecordError(f"No call ended meanwhile, so {out} is empty. Record while something runs."))
     console.print(f"{escape(str(out))}: {_told(totals)}")
+
+
+@trace.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace: recorded, from simulate, or Mooncake's.")],
+    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    api_key: ApiKeys = None,
+    tenants: Tenants = None,
+    way: Annotated[
+        Literal["programs", "requests"], typer.Option(help="Whole graphs, or each call by itself when it is ready.")
+    ] = "programs",
+    speed: Annotated[float, typer.Option(help="Arrivals and the client's gaps are so many times faster.")] = 1.0,
+    model: Annotated[str | None, typer.Option(help="Its vocabulary makes the texts; default: the served one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the texts; default: a new one, so that cold is cold.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there is here.")] = None,
+) -> None:
+    """Send programs of the same shapes, lengths and shared beginnings at the same times; the table of macaw bench."""
+    import secrets
+
+    from macaw_server.bench.errors import BenchError
+    from macaw_server.bench.workload.report import TABLE_WIDTH
+    from macaw_server.errors import StartupError
+    from macaw_server.traces.replay import ReplayOptions
+    from macaw_server.traces.replay import replay as run
+
+    try:
+        if speed <= 0:
+            raise BenchError(f"--speed {speed:g} was given; it must be above 0.")
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        result = run(ReplayOptions(file, url, _keys(api_key, tenants), way, speed, model, seed))
+    except (BenchError, StartupError, ValueError, OSError) as e:
+        raise _failed(e) from e
+    wide = Console(highlight=False)
+    wide.width = max(wide.width, TABLE_WIDTH)
+    result.print(wide)
+    if out is not None:
+        out.write_text(result.report.as_json(), encoding="utf-8")
+    if result.failures:
+        raise typer.Exit(1)
 
 
 def _told(totals: Totals) -> str:

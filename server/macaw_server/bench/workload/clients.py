@@ -27,7 +27,7 @@ from macaw.timeline import Timeline
 from macaw_server.bench.errors import BenchError
 from macaw_server.bench.workload.records import Outcome, Run
 from macaw_server.bench.workload.texts import Texts
-from macaw_server.workloads import CallSpec, Output, ProgramSpec
+from macaw_server.workloads import CallSpec, Output, ProgramSpec, Text
 
 Way = Literal["requests", "programs"]
 TIMEOUT_S = 1800.0
@@ -61,7 +61,12 @@ class WorkloadClient:
         way: How applications are sent.
         texts: Of the prompts.
         rtt_s: Round trip of every request.
+
+    Attributes:
+        PATH: Where a request goes.
     """
+
+    PATH = "/v1/chat/completions"
 
     def __init__(self, url: str, model: str, api_key: str | None, way: Way, texts: Texts, rtt_s: float = 0.0) -> None:
         self._url, self._model, self._way, self._texts = url, model, way, texts
@@ -130,7 +135,7 @@ class WorkloadClient:
         async def run(call: CallSpec) -> None:
             inputs = {dep: await answers[dep] for dep in call.deps}
             await asyncio.sleep(call.gap_s)
-            prompt = "".join(inputs[p.call] if isinstance(p, Output) else self._texts[p] for p in call.parts)
+            prompt = "".join(inputs[p.call] if isinstance(p, Output) else p for p in self._parts(call))
             answers[call.id].set_result(await self._complete(call, prompt, outcome))
 
         async with asyncio.TaskGroup() as tasks:
@@ -138,18 +143,22 @@ class WorkloadClient:
                 tasks.create_task(run(call))
         outcome.answers = {target: answers[target].result() for target in spec.targets}
 
+    def _parts(self, call: CallSpec) -> list[str | Output]:
+        """The prompt, in order."""
+        return [self._texts[part] if isinstance(part, Text) else part for part in call.parts]
+
     async def _complete(self, call: CallSpec, prompt: str, outcome: Outcome) -> str:
-        """One streamed chat completion."""
+        """One streamed completion."""
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
+            **self._prompt(prompt),
             "max_tokens": call.output_len,
             "stream": True,
             "stream_options": {"include_usage": True},
             **SAMPLING,
         }
         outcome.num_requests += 1
-        url = f"{self._url}/v1/chat/completions"
+        url = f"{self._url}{self.PATH}"
         decoder, pieces = SSEDecoder(), list[str]()
         async with self._http.stream("POST", url, json=body, headers=self._headers) as response:
             if response.is_error:
@@ -165,10 +174,19 @@ class WorkloadClient:
                     if chunk.get("usage"):
                         outcome.add_usage(chunk["usage"])
                     for choice in chunk["choices"]:
-                        if text := choice["delta"].get("content"):
+                        if text := self._delta(choice):
                             self._on_text(outcome, call.id)
                             pieces.append(text)
         return "".join(pieces)
+
+    def _prompt(self, prompt: str) -> dict[str, Any]:
+        """A prompt as the request has it."""
+        return {"messages": [{"role": "user", "content": prompt}]}
+
+    def _delta(self, choice: dict[str, Any]) -> str | None:
+        """The new text of a chunk."""
+        text: str | None = choice["delta"].get("content")
+        return text
 
     def _on_text(self, outcome: Outcome, call_id: str) -> None:
         if not outcome.first_token_s and call_id in outcome.spec.targets:
@@ -182,7 +200,9 @@ class WorkloadClient:
         known = [call for call in spec.calls if call.id not in later]
         self._add(builder, spec, known)
         outcome.num_requests += 1
-        stream = await self._macaw.stream_program(builder.build(open=bool(later), detached=False))
+        stream = await self._macaw.stream_program(
+            builder.build(open=bool(later), detached=False, metadata={"app": spec.app})
+        )
         done: dict[str, asyncio.Event] = {call.id: asyncio.Event() for call in spec.calls}
         async with asyncio.TaskGroup() as tasks:
             growing = tasks.create_task(self._grow(outcome, builder, later, done)) if later else None
@@ -219,11 +239,15 @@ class WorkloadClient:
 
     def _add(self, builder: ProgramBuilder, spec: ProgramSpec, calls: Sequence[CallSpec]) -> None:
         for call in calls:
-            parts = [Ref(p.call) if isinstance(p, Output) else self._texts[p] for p in call.parts]
-            ref = builder.chat(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
+            ref = self._add_call(
+                builder, call, [Ref(p.call) if isinstance(p, Output) else p for p in self._parts(call)]
+            )
             if call.id in spec.targets:
                 deadline = None if spec.deadline_s is None else 1000 * spec.deadline_s
                 builder.target(ref, objective=spec.objective, deadline_ms=deadline)
+
+    def _add_call(self, builder: ProgramBuilder, call: CallSpec, parts: list[str | Ref]) -> Ref:
+        return builder.chat(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
 
     def _on_event(self, outcome: Outcome, event: AnyEvent, done: dict[str, asyncio.Event]) -> None:
         match event:
