@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,7 +78,7 @@ def record(
 @trace.command()
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace: recorded, from simulate, or Mooncake's.")],
-    url: Annotated[str, typer.Option(help="Of the server.")] = "http://127.0.0.1:8000",
+    url: Url = None,
     api_key: ApiKeys = None,
     tenants: Tenants = None,
     way: Annotated[
@@ -101,6 +102,7 @@ def replay(
         if speed <= 0:
             raise BenchError(f"--speed {speed:g} was given; it must be above 0.")
         seed = secrets.randbelow(2**31) if seed is None else seed
+        url = url or os.environ.get("MACAW_BASE_URL") or "http://127.0.0.1:8000"
         result = run(ReplayOptions(file, url, _keys(api_key, tenants), way, speed, model, seed))
     except (BenchError, StartupError, ValueError, OSError) as e:
         raise _failed(e) from e
@@ -131,11 +133,12 @@ def _told(totals: Totals) -> str:
 
 def _keys(api_keys: list[str] | None, tenants: Path | None) -> list[str]:
     """One key of each tenant."""
+    keys = list(api_keys or [])
     if tenants is None:
-        return api_keys or []
+        return keys or [key for key in [os.environ.get("MACAW_API_KEY")] if key]
     from macaw_server.service.tenants import read_tenants
 
-    return [*(api_keys or []), *(tenant.keys[0] for tenant in read_tenants(tenants))]
+    return [*keys, *(tenant.keys[0] for tenant in read_tenants(tenants))]
 
 
 def _failed(error: Exception) -> typer.Exit:
