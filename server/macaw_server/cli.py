@@ -17,6 +17,7 @@ from macaw_server.config import ServerConfig
 from macaw_server.errors import ConfigError, StartupError
 from macaw_server.kernels_cli import app as kernels_app
 from macaw_server.simulate.command import simulate
+from macaw_server.traces.command import trace
 
 
 class _Commands(TyperGroup):
@@ -136,3 +137,4 @@ app.command()(_derive(serve, ServerConfig))
 app.add_typer(bench)
 app.add_typer(kernels_app)
 app.add_typer(simulate)
+app.add_typer(trace)

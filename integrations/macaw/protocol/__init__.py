@@ -74,6 +74,7 @@ from macaw.protocol.tools import (
     ToolCall,
     ToolChoice,
 )
+from macaw.protocol.traces import TRACE_EVENT, TracedCall, TraceLost, TraceStarted
 
 __all__ = [
     "MAX_CHOICES",
@@ -81,6 +82,7 @@ __all__ = [
     "MAX_SCHEMA_DEPTH",
     "MAX_STOP_STRINGS",
     "MAX_TOOLS",
+    "TRACE_EVENT",
     "AllowedTools",
     "AllowedToolsChoice",
     "AnswerFacts",
@@ -128,6 +130,9 @@ __all__ = [
     "ToolCall",
     "ToolChoice",
     "Totals",
+    "TraceLost",
+    "TraceStarted",
+    "TracedCall",
     "Transform",
     "TransformArgs",
     "TransformOp",

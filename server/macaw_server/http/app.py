@@ -14,6 +14,7 @@ from macaw_server.http.guard import Guard, on_http_exception, on_macaw_error
 from macaw_server.http.openai import OpenAIEndpoints
 from macaw_server.http.operations import OperationsEndpoints
 from macaw_server.http.programs import ProgramEndpoints
+from macaw_server.http.traces import TraceEndpoints
 from macaw_server.service import ProgramService
 
 
@@ -25,6 +26,7 @@ def create_app(service: ProgramService) -> Starlette:
     routes = [
         *ProgramEndpoints(service).routes(),
         *OpenAIEndpoints(service).routes(),
+        *TraceEndpoints(service).routes(),
         *OperationsEndpoints(service).routes(),
     ]
 

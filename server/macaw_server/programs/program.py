@@ -25,6 +25,7 @@ from macaw.protocol import (
     ProgramGrowth,
     ProgramRequest,
     ProgramState,
+    Target,
     Totals,
     Transform,
     VariableResolved,
@@ -272,6 +273,15 @@ class Program:
             inputs[name] = partial.text + SENTINEL
             source = partial.source if name == missing[0] else source
         return inputs, source
+
+    @property
+    def targets(self) -> list[Target]:
+        """What the application waits for."""
+        return self._graph.targets
+
+    def feeders_of(self, call_id: str) -> list[str]:
+        """The calls whose answers a call reads, directly or through transforms."""
+        return self._graph.feeders_of(call_id)
 
     def running_calls(self) -> list[str]:
         """Calls that were handed out and are not finished."""

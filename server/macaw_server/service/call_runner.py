@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +52,7 @@ class _Choice:
     stop_token_ids: frozenset[int] = frozenset()
     pieces: list[str] = field(default_factory=list)
     reports: list[TokenReport] = field(default_factory=list)
-    num_tokens: int = 0
+    output_ids: array[int] = field(default_factory=lambda: array("I"))
     report_offset: int = 0
     started: bool = False
     finish_reason: ChoiceEnd | None = None
@@ -138,7 +139,12 @@ class CallRunner:
     @property
     def num_tokens(self) -> int:
         """Tokens of the answer that is least far."""
-        return min(choice.num_tokens for choice in self._choices)
+        return min(map(len, self.output_ids))
+
+    @property
+    def output_ids(self) -> list[array[int]]:
+        """The tokens of each choice so far."""
+        return [choice.output_ids for choice in self._choices]
 
     def end(self) -> list[str]:
         """The observer hears nothing more; returns the engine's requests that are still running."""
@@ -170,7 +176,7 @@ class CallRunner:
         if not output.token_ids and output.finish_reason is None:
             return
         token_ids, logprobs = output.token_ids, output.logprobs
-        choice.num_tokens += len(token_ids)
+        choice.output_ids.extend(token_ids)
         if output.finish_reason == "stop" and token_ids and token_ids[-1] in choice.stop_token_ids:  # it has no text
             token_ids, logprobs = token_ids[:-1], None if logprobs is None else logprobs[:-1]
         before = choice.detokenizer.num_tokens
@@ -178,7 +184,7 @@ class CallRunner:
         num_used = choice.detokenizer.num_tokens - before
         if stopped_by is not None:
             self.engine.abort([choice.request_id], keep_pages=True)
-            choice.num_tokens -= len(output.token_ids) - num_used
+            del choice.output_ids[len(choice.output_ids) - len(output.token_ids) + num_used :]
         elif output.finish_reason is not None:
             delta += choice.detokenizer.flush()
             stopped_by = choice.detokenizer.stopped_by
@@ -239,7 +245,7 @@ class CallRunner:
         self._over = True
         usage = usage_object(
             prompt_tokens=len(self._prepared.prompt_ids),
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=sum(map(len, self.output_ids)),
             cached_tokens=self._cached_tokens or 0,
         )
         wants_logprobs = self._request.logprobs is not None and self._request.logprobs is not False

@@ -37,6 +37,7 @@ from macaw_server.service.completions import ResponseFormat
 from macaw_server.service.metrics import Metrics
 from macaw_server.service.pace import Pace
 from macaw_server.service.prompts import Prepared, PromptPreparer
+from macaw_server.service.traces import RunTrace, Traces
 from macaw_server.service.types import ServiceConfig, Tenant
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Surroundings:
     ahead: AheadService
     admission: Admission
     pace: Pace
+    traces: Traces
     on_end: Callable[[ProgramRun], None]
 
 
@@ -93,6 +95,7 @@ class ProgramRun:
         self._timers: list[asyncio.TimerHandle] = []
         self._num_attached = 0
         self._keeping: set[Engine] = set()  # which may keep pages for calls to come
+        self._trace = RunTrace(surroundings.traces, program, tenant, self.started_s, self.shown_id, hints)
         self._ahead: ProgramAhead | None = None
         if surroundings.config.prefill_ahead and not self.is_plain:
             answer_so_far = self._answer_so_far if surroundings.config.pipelining else None
@@ -186,6 +189,7 @@ class ProgramRun:
                 ahead=None if self._ahead is None else self._ahead.started(call_id, prompt_ids, cached_tokens),
             )
         )
+        self._trace.call_started(call_id, prompt_ids)
 
     def call_delta(self, call_id: str, chunk: dict[str, Any]) -> None:
         """A piece of the answer."""
@@ -219,11 +223,12 @@ class ProgramRun:
                     self._observe_prefill(self.program.calls[call_id])
                     self._surroundings.admission.end(self.tenant, weight(self.program.calls[call_id].call))
                     self._surroundings.pace.completed(event)
-                    self._runners.pop(call_id, None)
+                    self._end_trace(call_id, self._runners.pop(call_id, None))
                 case CallFailed(call_id=call_id):
                     self._surroundings.admission.end(self.tenant, weight(self.program.calls[call_id].call))
                     if (runner := self._runners.pop(call_id, None)) is not None:
                         failed.append(runner)
+                        self._end_trace(call_id, runner)
         abort_all(failed)
         if not all(isinstance(event, CallDelta) for event in events):
             self._advance()
@@ -263,6 +268,10 @@ class ProgramRun:
     def _answer_so_far(self, call_id: str) -> str:
         runner = self._runners.get(call_id)
         return "" if runner is None else runner.text
+
+    def _end_trace(self, call_id: str, runner: CallRunner | None) -> None:
+        if runner is not None:
+            self._trace.call_ended(call_id, runner.output_ids)
 
     def _observe_prefill(self, node: CallNode) -> None:
         t = node.timings

@@ -38,6 +38,7 @@ from macaw_server.service.pace import Pace
 from macaw_server.service.program_run import ProgramRun, Surroundings, weight
 from macaw_server.service.prompts import PromptPreparer
 from macaw_server.service.tenants import Tenants
+from macaw_server.service.traces import Traces
 from macaw_server.service.types import ServedModel, ServiceConfig, Tenant
 
 
@@ -76,6 +77,7 @@ class ProgramService:
         self.models = ModelRegistry(models)
         self.tenants = Tenants(self.config.api_keys, self.config.tenants, secret)
         self.metrics = Metrics(lambda: len(self._live), lambda: self.num_live_calls)
+        self.traces = Traces()
         self._admission = Admission(self.config.max_live_calls, shared=len(self.tenants) > 1)
         self._pace = Pace()
         self._applications = Applications(self.config)
@@ -86,6 +88,7 @@ class ProgramService:
             AheadService(self.models),
             self._admission,
             self._pace,
+            self.traces,
             self._on_end,
         )
         self._live: dict[str, ProgramRun] = {}
@@ -208,6 +211,7 @@ class ProgramService:
                     await self._all_ended.wait()
         for run in list(self._live.values()):
             run.cancel(CancelledError("The server is shutting down. Post the program again when it is back."))
+        self.traces.close()
 
     async def close(self) -> None:
         """Cancel everything and end the threads; the engines are their owner's to stop."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -10,6 +11,7 @@ from macaw_server.workloads import (
     WORKLOADS,
     CallSpec,
     Output,
+    Part,
     ProgramSpec,
     Text,
     TraceError,
@@ -37,7 +39,8 @@ def test_written_and_read_again(name: str, tmp_path: Path) -> None:
         assert set(after.targets) == set(before.targets)
         assert after.prompt_lens() == before.prompt_lens()
         for ours, theirs in zip(before.calls, after.calls, strict=True):
-            assert (theirs.id, theirs.output_len, theirs.deps) == (ours.id, ours.output_len, ours.deps)
+            assert (theirs.id, theirs.output_len) == (ours.id, ours.output_len)
+            assert set(theirs.deps) == set(ours.deps)
             assert theirs.gap_s == pytest.approx(ours.gap_s, abs=1e-5)
 
 
@@ -100,6 +103,9 @@ def test_a_call_without_deps_comes_at_its_own_time(tmp_path: Path) -> None:
         ({**LINE, "input_length": "600"}, "input_length is '600'"),
         ({**LINE, "output_length": 0}, "at least 1"),
         ({**LINE, "hash_ids": [1]}, "600 tokens are 2 blocks of 512, not 1"),
+        ({**LINE, "block_size": 0}, "block_size is 0; it is at least 1"),
+        ({**LINE, "block_size": 300}, "block_size is 300, and 512 in the lines before"),
+        ({**LINE, "answer_ids": [9]}, "20 tokens behind 600 fill 0 blocks of 512, not 1"),
         ({**LINE, "objective": "fast"}, "it is latency or throughput"),
         ({**LINE, "program_id": "p", "deps": ["x"]}, "waits for 'x', which no earlier line"),
         ({**LINE, "program_id": "p", "node": "a"}, "call 'a' of program 'p' is the second line of that name"),
@@ -108,6 +114,61 @@ def test_a_call_without_deps_comes_at_its_own_time(tmp_path: Path) -> None:
 def test_unsound_lines_are_refused_by_number(line: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=message):
         read(tmp_path / "t", {**LINE, "program_id": "p", "node": "a"}, line)
+
+
+def test_blocks_are_one_text_up_to_where_prompts_part(tmp_path: Path) -> None:
+    lines = [{**LINE, "input_length": 2048, "hash_ids": ids} for ids in ([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 5, 7])]
+    parts = [program.calls[0].parts for program in read(tmp_path / "t", *lines)]
+    assert parts[0] == (Text("block1", 1024), Text("block3", 1024))
+    assert parts[1] == (Text("block1", 1024), Text("block5", 512), Text("block6", 512))
+    assert parts[2] == (*parts[1][:2], Text("block7", 512))
+
+
+def test_a_program_arrives_with_its_earliest_line(tmp_path: Path) -> None:
+    of = {"program_id": "p"}
+    later = {**LINE, **of, "node": "a", "timestamp": 1800}
+    [program] = read(tmp_path / "t", later, {**LINE, **of, "node": "b"})
+    assert [(call.id, call.gap_s) for call in program.calls] == [("a", pytest.approx(0.8)), ("b", 0.0)]
+
+
+class TestAnswersInPrompts:
+    FIRST: ClassVar = {"timestamp": 0, "input_length": 20, "output_length": 30, "hash_ids": [0, 1], "block_size": 16}
+    NEXT: ClassVar = {**FIRST, "input_length": 60, "hash_ids": [0, 2, 3, 4], "program_id": "p", "node": "b"}
+
+    def parts(self, path: Path, first: dict[str, Any], **fields: object) -> tuple[Part, ...]:
+        [program] = read(path, {**self.FIRST, "program_id": "p", "node": "a", **first}, {**self.NEXT, **fields})
+        return program.calls[1].parts
+
+    def test_a_prompt_goes_on_with_an_answer(self, tmp_path: Path) -> None:
+        parts = self.parts(tmp_path / "t", {"answer_ids": [2, 3]}, deps=["a"])
+        assert parts == (Text("block0", 20), Output("a"), Text("block4", 10))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},  # nobody says that the call has waited for the answer
+            {"deps": ["a"], "hash_ids": [0, 2, 5, 4]},
+            {"deps": ["a"], "hash_ids": [6, 2, 3, 4]},
+            {"deps": ["a"], "input_length": 48, "hash_ids": [0, 2, 3]},  # its last tokens are missing
+        ],
+    )
+    def test_or_does_not(self, fields: dict[str, Any], tmp_path: Path) -> None:
+        parts = self.parts(tmp_path / "t", {"answer_ids": [2, 3]}, **fields)
+        assert all(isinstance(part, Text) for part in parts)
+
+    def test_of_two_equal_answers_it_is_the_one_before(self, tmp_path: Path) -> None:
+        line = {**self.FIRST, "program_id": "p", "answer_ids": [2, 3]}
+        lines = [{**line, "node": "a"}, {**line, "node": "other"}, {**self.NEXT, "deps": ["a"]}]
+        [program] = read(tmp_path / "t", *lines)
+        assert program.calls[2].parts[1] == Output("a")
+
+    def test_a_workload_keeps_them(self, tmp_path: Path) -> None:
+        [before] = make_workload("agents", WorkloadOptions(num_programs=1))
+        write_trace([before], tmp_path / "t", block_size=16)
+        [after] = read_trace(tmp_path / "t")
+        assert [part for part in after.calls[-1].parts if isinstance(part, Output)] == [
+            part for part in before.calls[-1].parts if isinstance(part, Output)
+        ]
 
 
 def test_an_empty_trace(tmp_path: Path) -> None:

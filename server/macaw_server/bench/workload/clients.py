@@ -98,7 +98,7 @@ class WorkloadClient:
         Raises:
             BenchError: A request failed, or an answer does not have the length that was asked for.
         """
-        self._epoch_s = time.perf_counter()
+        self._begin(programs)
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._run_program(spec)) for spec in programs]
@@ -117,10 +117,14 @@ class WorkloadClient:
 
         A task raises `BenchError`: `RefusedError` where the server's queue is full.
         """
-        for part in {part for spec in programs for call in spec.calls for part in call.parts if isinstance(part, Text)}:
-            self._texts[part]  # made before the clock runs: at a high rate this client must not be what is slow
-        self._epoch_s = time.perf_counter()
+        self._begin(programs)
         return [asyncio.create_task(self._run_program(spec)) for spec in programs]
+
+    def _begin(self, programs: Sequence[ProgramSpec]) -> None:
+        """Let the clock run; texts are made before, so that who comes first pays nothing for the others."""
+        for part in {part for spec in programs for call in spec.calls for part in call.parts if isinstance(part, Text)}:
+            self._texts[part]
+        self._epoch_s = time.perf_counter()
 
     @property
     def now_s(self) -> float:
@@ -164,13 +168,17 @@ class WorkloadClient:
         async def run(call: CallSpec) -> None:
             inputs = {dep: await answers[dep] for dep in call.deps}
             await asyncio.sleep(call.gap_s)
-            prompt = "".join(inputs[p.call] if isinstance(p, Output) else self._texts[p] for p in call.parts)
+            prompt = "".join(inputs[p.call] if isinstance(p, Output) else p for p in self._parts(call))
             answers[call.id].set_result(await self._complete(call, prompt, outcome))
 
         async with asyncio.TaskGroup() as tasks:
             for call in spec.calls:
                 tasks.create_task(run(call))
         outcome.answers = {target: answers[target].result() for target in spec.targets}
+
+    def _parts(self, call: CallSpec) -> list[str | Output]:
+        """The prompt, in order."""
+        return [self._texts[part] if isinstance(part, Text) else part for part in call.parts]
 
     async def _complete(self, call: CallSpec, prompt: str, outcome: Outcome) -> str:
         """One streamed completion."""
@@ -217,7 +225,9 @@ class WorkloadClient:
         known = [call for call in spec.calls if call.id not in later]
         self._add(builder, spec, known)
         outcome.num_requests += 1
-        stream = await self._macaw.stream_program(builder.build(open=bool(later), detached=False))
+        stream = await self._macaw.stream_program(
+            builder.build(open=bool(later), detached=False, metadata={"app": spec.app})
+        )
         done: dict[str, asyncio.Event] = {call.id: asyncio.Event() for call in spec.calls}
         async with asyncio.TaskGroup() as tasks:
             growing = tasks.create_task(self._grow(outcome, builder, later, done)) if later else None
@@ -254,12 +264,16 @@ class WorkloadClient:
 
     def _add(self, builder: ProgramBuilder, spec: ProgramSpec, calls: Sequence[CallSpec]) -> None:
         for call in calls:
-            parts = [Ref(p.call) if isinstance(p, Output) else self._texts[p] for p in call.parts]
-            add = builder.chat if self._chat else builder.complete
-            ref = add(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
+            ref = self._add_call(
+                builder, call, [Ref(p.call) if isinstance(p, Output) else p for p in self._parts(call)]
+            )
             if call.id in spec.targets:
                 deadline = None if spec.deadline_s is None else 1000 * spec.deadline_s
                 builder.target(ref, objective=spec.objective, deadline_ms=deadline)
+
+    def _add_call(self, builder: ProgramBuilder, call: CallSpec, parts: list[str | Ref]) -> Ref:
+        add = builder.chat if self._chat else builder.complete
+        return add(*parts, name=call.id, max_tokens=call.output_len, **SAMPLING)
 
     def _on_event(self, outcome: Outcome, event: AnyEvent, done: dict[str, asyncio.Event]) -> None:
         match event:

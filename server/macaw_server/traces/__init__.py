@@ -1,0 +1,1 @@
+"""`macaw trace`: what a live server did, as a file, and the same again from that file."""
