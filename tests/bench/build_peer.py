@@ -1,11 +1,13 @@
 """Build llama.cpp's server as a peer to measure against, and models of random weights that both sides read.
 
     python tests/bench/build_peer.py FOLDER [--sdist FILE] [--models 135m,500m] [--jobs 2]
+    python tests/bench/build_peer.py FOLDER --no-peer
 
 The source is the tree that the PyPI sdist of llama-cpp-python vendors; it, the binary and the models stay in FOLDER,
 outside the repository. What is there already is kept. In the end the server answers a prompt greedily from each model,
 and transformers must agree with the probability of every token: only then is it the same model on both sides. Needs
-cmake, ninja and a C++ compiler.
+cmake, ninja and a C++ compiler. With --no-peer it makes the models alone, FOLDER/models/135m and 500m, in a minute:
+enough for all benchmarks that compare with no other server.
 """
 
 from __future__ import annotations
@@ -115,10 +117,18 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHAPES), help="which of the shapes (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes (default: %(default)s)")
     parser.add_argument("--port", type=int, default=18180, help="for the check (default: %(default)s)")
+    parser.add_argument("--no-peer", action="store_true", help="only the models, and these for Macaw")
     args = parser.parse_args()
     if unknown := set(args.models.split(",")) - set(SHAPES):
         parser.error(f"unknown shapes {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     args.folder.mkdir(parents=True, exist_ok=True)
+    if args.no_peer:
+        for name in args.models.split(","):
+            folder = args.folder / "models" / name
+            if not (folder / "model.safetensors").exists():
+                make_folder(SHAPES[name], folder, DOCS)
+            print(f"model  {folder}")
+        return
     llama_cpp = unpack(args.sdist or fetch(args.folder), args.folder)
     binary = build(llama_cpp, args.folder / "build", args.jobs)
     print(f"peer   {binary}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from macaw_kernels import default_profile
+from macaw_kernels import DeviceProfile, HeadConfig, default_profile
 from macaw_kernels.cpu.decoder import PHASES, NativeDecoder
 from macaw_server.bench.limits import measure_machine, model_cost
 from macaw_server.config import EngineConfig
@@ -93,7 +93,10 @@ def main() -> None:
     hf = loader.load_config(config)
     device = torch.device("cpu")
     model = loader.load_model(config, hf, device, dtype, lambda _: None)
-    profile = default_profile(device, dtype)
+
+    def profile(heads: HeadConfig) -> DeviceProfile:
+        return default_profile(device, dtype, heads=heads)
+
     prepared = prepare(model, config, profile, lambda: loader.max_model_len(config, hf))
     assert isinstance(prepared.forward, NativeForward)
     decoder: NativeDecoder = prepared.forward.decoder
