@@ -13,6 +13,7 @@ _ROW, _LABEL_X, _BARS_WIDTH, _CHARACTER = 24, 16, 560, 7.4
 _STYLE = """
 .page{fill:#ffffff;stroke:#d0d7de}text{font-size:12px;font-family:Menlo,Consolas,monospace;fill:#1f2328}
 .note{fill:#59636e}.line{stroke:#d0d7de}.queued{fill:#d0d7de}.prefill{fill:#d4a72c}.decode{fill:#0969da}
+.ahead{fill:#d4a72c;fill-opacity:0.4}
 .failed{fill:#cf222e}.critical{font-weight:bold}
 @media (prefers-color-scheme:dark){.page{fill:#0d1117;stroke:#3d444d}text{fill:#f0f6fc}.note{fill:#b1bac4}
 .line{stroke:#3d444d}.queued{fill:#3d444d}.decode{fill:#4493f8}.failed{fill:#f85149}}
@@ -91,7 +92,7 @@ def render_timeline_svg(state: ProgramState) -> str:
             kind = "failed" if call.status == "failed" else "note"
             parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y + 14}">{_spent(call)}</text>')
     x = left
-    for kind in ("queued", "prefill", "decode"):
+    for kind in ("ahead", "queued", "prefill", "decode"):
         parts.append(f'<rect class="{kind}" x="{x:.1f}" y="{height - 24}" width="12" height="12"/>')
         parts.append(f'<text class="note" x="{x + 18:.1f}" y="{height - 14}">{kind}</text>')
         x += 96
@@ -109,7 +110,13 @@ def _in_order(state: ProgramState) -> tuple[list[CallState], float]:
 def _marks(call: CallState, end: float) -> list[tuple[float, str]]:
     """When each of the call's phases began, and when the last one ended; one that runs goes on to `end`."""
     t = call.timings
-    marks = [(t.ready_ms, "queued"), (t.started_ms, "prefill"), (t.first_token_ms, "decode"), (t.completed_ms, "")]
+    marks = [
+        (t.ahead_ms, "ahead"),
+        (t.ready_ms, "queued"),
+        (t.started_ms, "prefill"),
+        (t.first_token_ms, "decode"),
+        (t.completed_ms, ""),
+    ]
     known = [(at, mark) for at, mark in marks if at is not None]
     return [*known, (end, "")] if known and t.completed_ms is None else known
 

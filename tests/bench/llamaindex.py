@@ -1,22 +1,25 @@
 """LlamaIndex, plain against compiled, on the same engine and in alternation.
 
-    python tests/bench/llamaindex.py [--model macaw-demo] [--rounds 7] [--round-trip-ms 50]
+    python tests/bench/llamaindex.py [--model macaw-demo] [--parts tree questions refine] [--rounds 7]
 
-*tree* is `.query()` of tree_summarize over a text that makes 16 leaves; *refine* asks chunk after chunk, where what
-counts is how long a later call waits for its first token; *questions* asks four questions over the same chunks.
+*tree* is `.query()` of tree_summarize over a text that makes 16 leaves; *questions* asks four questions over the same
+chunks; *refine* asks chunk after chunk, where what counts is how long a later call waits for its first token: plain,
+compiled for a server that does not work ahead (`--off`), and compiled for one that does (`--on`), with a template that
+has the context before the earlier answer (LlamaIndex's for chats) and one that has it behind (its for completions).
 
-All answers of both sides are compared (float32, greedy). Every round has a new text, and each side an API key of its
-own, so that neither finds the other's in the cache.
+All answers are compared (greedy): in float32 they must be equal; in bfloat16, where the rows of a step may round
+differently, it is told how many rounds were. Every round has a new text, and each side an API key or a server of its
+own, so that none finds another's in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,14 @@ import httpx
 from llama_index.core import PromptTemplate
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events.llm import LLMChatInProgressEvent, LLMChatStartEvent
+from llama_index.core.instrumentation.events.llm import (
+    LLMChatInProgressEvent,
+    LLMChatStartEvent,
+    LLMCompletionInProgressEvent,
+    LLMCompletionStartEvent,
+)
+from llama_index.core.prompts.chat_prompts import CHAT_REFINE_PROMPT
+from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import BaseRetriever
@@ -35,13 +45,15 @@ from pydantic import PrivateAttr
 from langchain_macaw.demo import RoundTrip
 from llama_index.llms.macaw import Macaw, compile
 from macaw import MacawClient
-from macaw.protocol import ProgramState
+from macaw.protocol import CallState, ProgramState
 from macaw_server.bench.server import started
 
 CHUNK_TOKENS = 300  # as LlamaIndex counts; it overlaps them by a tenth
 LEAVES = 16
+PARTS = ("tree", "questions", "refine")
 KEYS = ("plain", "compiled")
 QUESTIONS = [f"What does the text say of {topic}?" for topic in ("pages", "tokens", "steps", "clients")]
+REFINE_TEMPLATES = {"context, then answer": CHAT_REFINE_PROMPT, "answer, then context": DEFAULT_REFINE_PROMPT}
 # One token each, as LlamaIndex counts.
 WORDS = ["the", "a", "cache", "page", "token", "prefix", "batch", "step", "model", "server", "client", "engine"]
 
@@ -54,9 +66,11 @@ class FirstTokens(BaseEventHandler):
 
     def handle(self, event: Any, **kwargs: Any) -> None:
         """Take in an event of LlamaIndex's."""
-        if isinstance(event, LLMChatStartEvent):
+        if isinstance(event, LLMChatStartEvent | LLMCompletionStartEvent):
             self._begun = time.perf_counter()
-        elif isinstance(event, LLMChatInProgressEvent) and self._begun is not None and event.response.delta:
+        elif not isinstance(event, LLMChatInProgressEvent | LLMCompletionInProgressEvent):
+            return
+        elif self._begun is not None and event.response.delta:
             self._waits.append(1000 * (time.perf_counter() - self._begun))
             self._begun = None
 
@@ -79,11 +93,13 @@ class Side:
     """Plain or compiled, against one server.
 
     Attributes:
+        name: For what is printed.
         llm: The model.
         network: Between it and the server.
         observer: Without a network between.
     """
 
+    name: str
     compiled: bool
     llm: Macaw
     network: RoundTrip
@@ -117,7 +133,7 @@ class Result:
     """One run.
 
     Attributes:
-        first_tokens_ms: For each call that streams, when its first token was there.
+        first_tokens_ms: For each call that streams, when its first token was there, as the client sees it.
         programs: For a compiled side.
     """
 
@@ -134,35 +150,39 @@ class Result:
         return 1 - sum(t.cached_tokens for t in totals) / sum(t.prompt_tokens for t in totals)
 
     @property
-    def ahead_tokens(self) -> float:
-        """Tokens that were prefilled before their call was ready, per call but the first."""
-        calls = [call for program in self.programs for call in program.calls]
-        return sum(call.timings.prefilled_ahead_tokens for call in calls) / max(1, len(calls) - 1)
+    def later_calls(self) -> list[CallState]:
+        """All but the first."""
+        return [call for program in self.programs for call in sorted(program.calls, key=lambda call: call.depth)[1:]]
 
 
-def alternate(sides: list[Side], rounds: int, run: Callable[[Side, int], Result], num_calls: int) -> list[list[Result]]:
-    """Results by side; the first round warms up.
+def alternate(
+    sides: list[Side], rounds: int, run: Callable[[Side, int], Result], num_calls: int, *, exact: bool = True
+) -> tuple[list[list[Result]], int]:
+    """Results by side, and in how many rounds all sides answered the same; the first round warms up.
 
     Raises:
-        SystemExit: The sides' answers differ, or calls are missing.
+        SystemExit: Answers differ that must be `exact`, or calls are missing.
     """
     results: list[list[Result]] = [[] for _ in sides]
+    num_equal = 0
     for seed in range(rounds + 1):
         order = list(enumerate(sides))
         latest = {i: run(side, seed) for i, side in (order if seed % 2 else reversed(order))}
-        if len({str(result.answers) for result in latest.values()}) > 1:
+        equal = len({str(result.answers) for result in latest.values()}) == 1
+        if exact and not equal:
             raise SystemExit(f"The answers differ: {[result.answers for result in latest.values()]}")
         if seen := [result.num_calls for result in latest.values() if result.num_calls != num_calls]:
             raise SystemExit(f"{seen} calls where {num_calls} were to be measured.")
         if seed:
+            num_equal += equal
             for i, result in latest.items():
                 results[i].append(result)
-    return results
+    return results, num_equal
 
 
 def tree(sides: list[Side], rounds: int) -> None:
     """Sixteen leaves and the root."""
-    plain, compiled = alternate(  # and the root
+    (plain, compiled), _ = alternate(  # and the root
         sides,
         rounds,
         lambda side, seed: side.run(side.engine("tree_summarize", seed, LEAVES), QUESTIONS[:1]),
@@ -176,20 +196,35 @@ def tree(sides: list[Side], rounds: int) -> None:
     )
 
 
-def refine(sides: list[Side], rounds: int, num_chunks: int, name: str) -> None:
-    """A chain of calls, streamed."""
+def refine(sides: list[Side], rounds: int, num_chunks: int, order: str, *, exact: bool) -> None:
+    """A chain of calls, streamed; `order` is that of the template."""
 
     def run(side: Side, seed: int) -> Result:
-        return side.run(side.engine("refine", seed, num_chunks, streaming=True), QUESTIONS[:1])
+        seed += 100 * list(REFINE_TEMPLATES).index(order)  # nothing is cached from the other order
+        engine = side.engine("refine", seed, num_chunks, streaming=True, refine_template=REFINE_TEMPLATES[order])
+        return side.run(engine, QUESTIONS[:1])
 
-    for side, results in zip(sides, alternate(sides, rounds, run, num_chunks), strict=True):
+    by_side, num_equal = alternate(sides, rounds, run, num_chunks, exact=exact)
+    print(f"refine: {num_chunks} calls; {order}; all answered the same in {num_equal} of {rounds} rounds")
+    for side, results in zip(sides, by_side, strict=True):
         waits = [wait for result in results for wait in result.first_tokens_ms[1:]]
-        print(
-            f"refine: {num_chunks} calls, {'compiled' if side.compiled else 'plain'}, {name}: "
-            f"{statistics.median(r.seconds for r in results):.3f} s; first token of a later call after "
-            f"{statistics.median(waits):.1f} ms ({min(waits):.1f} to {max(waits):.1f}), "
-            f"{statistics.mean(r.ahead_tokens for r in results):.0f} of its tokens ahead"
-        )
+        seconds = spread([result.seconds for result in results], 2)
+        line = f"  {side.name}: {seconds} s; a later call's first token after {spread(waits)} ms"
+        if calls := [call for result in results for call in result.later_calls]:
+            own = [
+                call.timings.first_token_ms - call.timings.ready_ms
+                for call in calls
+                if call.timings.first_token_ms is not None and call.timings.ready_ms is not None
+            ]
+            ahead = statistics.mean(call.timings.prefilled_ahead_tokens for call in calls)
+            line += f", at the server {spread(own)} ms after it is ready; {ahead:.0f} tokens ahead"
+        print(line, flush=True)
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """The median, the least and the most."""
+    median, least, most = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 
 
 def questions(side: Side, rounds: int, num_chunks: int) -> None:
@@ -218,29 +253,45 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round-trip-ms", type=float, default=50)
     parser.add_argument("--chunks", type=int, default=6, help="of refine and questions")
-    parser.add_argument("--max-tokens", type=int, default=6)
-    parser.add_argument("--ahead", nargs="*", default=["--ahead-rows=8"], help="flags of the server that works ahead")
+    parser.add_argument("--max-tokens", type=int, default=6, help="of an answer of tree and questions")
+    parser.add_argument("--refine-tokens", type=int, default=48, help="of an answer of refine")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--orders", nargs="+", choices=REFINE_TEMPLATES, default=list(REFINE_TEMPLATES))
+    parser.add_argument("--on", nargs="*", default=[], help="flags of refine's server that works ahead")
+    parser.add_argument("--off", nargs="*", default=["--no-prefill-ahead"], help="of the one that does not")
     args = parser.parse_args()
 
-    def measure(flags: list[str], function: Callable[[list[Side]], None]) -> None:
+    def serve(stack: ExitStack, flags: list[str]) -> str:
         common = ["--max-model-len", "4096", "--kv-memory", "512MiB", *[f"--api-key={key}" for key in KEYS]]
-        with started(args.model, args.dtype, [*common, *flags]) as url:
-            sides = []
-            for key in KEYS:
-                network = RoundTrip(args.round_trip_ms / 1000)
-                http = httpx.Client(transport=network, timeout=600)
-                options = {"temperature": 0, "max_tokens": args.max_tokens, "ignore_eos": True, "http_client": http}
-                llm = Macaw(args.model, api_base=url, api_key=key, **options)
-                sides.append(Side(key == "compiled", llm, network, MacawClient(url, key)))
-            function(sides)
+        return stack.enter_context(started(args.model, args.dtype, [*common, *flags]))
 
-    def default(sides: list[Side]) -> None:
-        tree(sides, args.rounds)
-        questions(sides[1], args.rounds, args.chunks)
+    def side(url: str, name: str, max_tokens: int) -> Side:
+        network = RoundTrip(args.round_trip_ms / 1000)
+        http = httpx.Client(transport=network, timeout=600)
+        options = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "http_client": http}
+        key = name.split(",")[0]
+        llm = Macaw(api_base=url, api_key=key, **options)
+        return Side(name, key == "compiled", llm, network, MacawClient(url, key))
 
-    measure([], default)
-    for flags in (["--no-prefill-ahead"], args.ahead):
-        measure(flags, functools.partial(refine, rounds=args.rounds, num_chunks=args.chunks, name=" ".join(flags)))
+    if {"tree", "questions"} & {*args.parts}:
+        with ExitStack() as stack:
+            url = serve(stack, [])
+            sides = [side(url, name, args.max_tokens) for name in KEYS]
+            if "tree" in args.parts:
+                tree(sides, args.rounds)
+            if "questions" in args.parts:
+                questions(sides[1], args.rounds, args.chunks)
+    if "refine" in args.parts:
+        with ExitStack() as stack:
+            on, off = serve(stack, args.on), serve(stack, args.off)
+            ways = [
+                (on, "plain"),
+                (off, f"compiled, {' '.join(args.off)}"),
+                (on, f"compiled, {' '.join(args.on) or 'default'}"),
+            ]
+            sides = [side(url, name, args.refine_tokens) for url, name in ways]
+            for order in args.orders:
+                refine(sides, args.rounds, args.chunks, order, exact=args.dtype == "float32")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,10 @@ REFUSED: dict[str, tuple[Callable[[Macaw], Any], str]] = {
         lambda llm: TreeSummarize(llm=OpenAILike(model="m", api_base=llm.api_base)),
         "its LLM is a OpenAILike, not Macaw",
     ),
-    "another object": (lambda llm: llm, "Macaw is neither a response synthesizer nor one of RetrieverQueryEngine,"),
+    "another object": (
+        lambda llm: llm,
+        "Macaw is no synthesizer, extractor or BatchEvalRunner, nor one of RetrieverQueryEngine,",
+    ),
     "engine of a refused one": (
         lambda llm: RetrieverQueryEngine(FixedRetriever(TEXTS), NoText(llm=llm)),
         "NoText: NoText is not one of",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from macaw.protocol import CallState, CallTimings, ProgramState, Totals
-from macaw.timeline import render_timeline
+from macaw.timeline import render_timeline, render_timeline_svg
 
 
 def call(name: str, status: Any, *times: float) -> CallState:
@@ -79,12 +80,12 @@ def test_a_program_without_calls() -> None:
     assert "0 ms" in render_timeline(program())
 
 
-def test_what_was_prefilled_ahead_is_drawn_before_the_call_was_ready() -> None:
-    ahead = call("a", "completed", 50, 60, 75, 100)
-    ahead.timings.ahead_ms = 25
-    _, line, legend = render_timeline(program(ahead), width=60).splitlines()
-    bar = line[len("a") + 2 :]
-    columns = 60 - len("a") - 2 - 12
-    assert bar.index("░") == columns // 4
-    assert bar.index("·") == columns // 2
-    assert "░ prefilled ahead" in legend
+def test_what_was_prefilled_ahead_is_drawn() -> None:
+    state = program(call("draft", "completed", 0, 10, 20, 80), call("polish", "completed", 80, 81, 85, 100))
+    assert ["░" in row for row in render_timeline(state).splitlines()[1:3]] == [False, False]
+    assert not re.search(r'class="ahead" x="\S+" y="59"', render_timeline_svg(state))
+    state.calls[1].timings.ahead_ms = 20
+    assert ["░" in row for row in render_timeline(state).splitlines()[1:3]] == [False, True]
+    [bar] = re.findall(r'class="ahead" x="(\S+)" y="59" width="(\S+)"', render_timeline_svg(state))
+    [queued] = re.findall(r'class="queued" x="(\S+)" y="59"', render_timeline_svg(state))
+    assert float(bar[0]) + float(bar[1]) == pytest.approx(float(queued))

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from llama_index.core.evaluation import BatchEvalRunner
 from llama_index.core.indices.prompt_helper import PromptHelper
 
-from llama_index.llms.macaw import packing
+from llama_index.llms.macaw import evaluators, extractors, packing
 from llama_index.llms.macaw.compile import HAS_PIPELINES, aget_response, get_response
 from llama_index.llms.macaw.synthesizers import LOWERINGS
 
@@ -19,7 +20,7 @@ _natives: list[tuple[type[Any], str, Any]] = []
 
 
 def autocompile(enabled: bool = True) -> None:
-    """Run every response synthesizer and `QueryPipeline` of this process as `compile` would, whoever made it.
+    """Run every synthesizer, extractor, `BatchEvalRunner` and `QueryPipeline` as `compile` would, whoever made it.
 
     Args:
         enabled: False takes it back. What is running goes on as it began.
@@ -29,6 +30,10 @@ def autocompile(enabled: bool = True) -> None:
             for kind in LOWERINGS:
                 _replace(kind, "get_response", get_response)
                 _replace(kind, "aget_response", aget_response)
+            for extractor in extractors.LOWERINGS:
+                _replace(extractor, "aextract", extractors.aextract)
+            for name in evaluators.METHODS:
+                _replace(BatchEvalRunner, name, evaluators.aevaluate)
             _replace(PromptHelper, "get_text_splitter_given_prompt", packing.get_splitter)
             if HAS_PIPELINES:
                 from llama_index.llms.macaw import pipeline

@@ -1,4 +1,4 @@
-"""`compile`: response synthesizers and query engines that send their calls as one program.
+"""`compile`: response synthesizers, query engines and what else makes calls, with their calls sent as one program.
 
 Prefetch and replay: `get_response` of a compiled synthesizer reads ahead what it is about to ask for, sends that as
 a program, and then runs LlamaIndex's own `get_response`, whose requests are answered from the program. What was not
@@ -14,6 +14,9 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
+from llama_index.core.evaluation import BaseEvaluator, BatchEvalRunner
+from llama_index.core.extractors import BaseExtractor
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.query_engine import (
     CitationQueryEngine,
     MultiStepQueryEngine,
@@ -24,7 +27,7 @@ from llama_index.core.query_engine import (
 )
 from llama_index.core.response_synthesizers import BaseSynthesizer, Refine
 
-from llama_index.llms.macaw import synthesizers
+from llama_index.llms.macaw import evaluators, extractors, synthesizers
 from llama_index.llms.macaw.lowering import NotStatic
 from llama_index.llms.macaw.packing import remembering, splitting_once
 from llama_index.llms.macaw.running import CURRENT_RUN, AsyncPlannedStream, Lowered, PlannedStream, Run
@@ -43,8 +46,9 @@ _PARTS: dict[type[Any], tuple[str, ...]] = {
     RouterQueryEngine: ("_summarizer", "_query_engines"),
     MultiStepQueryEngine: ("_response_synthesizer", "_query_engine"),
     TransformQueryEngine: ("_query_engine",),
+    IngestionPipeline: ("transformations",),
 }
-"""Where query engines keep what can be compiled: a synthesizer, an engine, or a list or dict of engines."""
+"""Where engines keep what can be compiled: a synthesizer, an extractor, an engine, or a list or dict of these."""
 
 
 class _NotCompiled(Exception):  # noqa: N818  (a verdict, not an error of the user's)
@@ -52,13 +56,13 @@ class _NotCompiled(Exception):  # noqa: N818  (a verdict, not an error of the us
 
 
 def compile(x: T) -> T:
-    """A copy of a response synthesizer, query engine or `QueryPipeline` that sends its calls as programs.
+    """A copy of a synthesizer, query engine, extractor, `BatchEvalRunner` or pipeline that sends its calls as programs.
 
     It behaves as the original, with its callbacks, spans, events, streaming and errors; only the answers come from
     the program. Whatever an engine decides while it runs, it decides as before.
 
     Args:
-        x: It is not changed. Its parts are shared, but for synthesizers and engines, which are compiled too.
+        x: It is not changed. Its parts are shared, but for those that can be compiled, which are.
 
     Returns:
         The copy; `x` itself if nothing in it can be compiled, and the log says why, once.
@@ -80,6 +84,14 @@ def warn_once(message: str) -> None:
 def _compile(x: Any) -> Any:
     if isinstance(x, BaseSynthesizer):
         return _compile_synthesizer(x)
+    if isinstance(x, BaseExtractor):
+        return _compile_extractor(x)
+    if isinstance(x, BatchEvalRunner):
+        return _compile_runner(x)
+    if isinstance(x, BaseEvaluator):
+        raise _NotCompiled(
+            f"{type(x).__name__} makes one call after the other; a BatchEvalRunner with it can be compiled"
+        )
     if type(x) in _PARTS:
         return _compile_engine(x)
     if HAS_PIPELINES:
@@ -90,7 +102,7 @@ def _compile(x: Any) -> Any:
         if type(x) is pipeline.QueryPipeline:
             return pipeline.compile_pipeline(x)
     kinds = ", ".join(kind.__name__ for kind in _PARTS)
-    raise _NotCompiled(f"{type(x).__name__} is neither a response synthesizer nor one of {kinds}")
+    raise _NotCompiled(f"{type(x).__name__} is no synthesizer, extractor or BatchEvalRunner, nor one of {kinds}")
 
 
 def _compile_synthesizer(x: BaseSynthesizer) -> BaseSynthesizer:
@@ -105,6 +117,22 @@ def _compile_synthesizer(x: BaseSynthesizer) -> BaseSynthesizer:
     vars(compiled)["get_response"] = functools.partial(_get_response, compiled)
     vars(compiled)["aget_response"] = functools.partial(_aget_response, compiled)
     return compiled
+
+
+def _compile_extractor(x: BaseExtractor) -> Any:
+    if isinstance(x, extractors.CompiledExtractor):
+        return x
+    if reason := extractors.why_not(x):
+        raise _NotCompiled(reason)
+    return extractors.compile_extractor(x)
+
+
+def _compile_runner(x: BatchEvalRunner) -> BatchEvalRunner:
+    if "aevaluate_responses" in vars(x):
+        return x
+    if reason := evaluators.why_not(x):
+        raise _NotCompiled(reason)
+    return evaluators.compile_runner(x)
 
 
 def _compile_engine(x: Any) -> Any:
@@ -199,10 +227,11 @@ def _prepare(
     if lowered is None:
         return None
     around = CURRENT_RUN.get()
+    if around is not None and around.holds(lowered.plan.ready_keys()):
+        return None
     if around is not None and around.owner is synthesizer:
-        if not around.holds(lowered.plan.ready_keys()):
-            around.drop()
-            around.add(lowered)
+        around.drop()
+        around.add(lowered)
         return None
     run = Run(synthesizer, asynchronous=asynchronous)
     run.add(lowered)

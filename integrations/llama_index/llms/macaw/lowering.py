@@ -37,10 +37,15 @@ class Lowering:
 
     Args:
         name: What is run; a label of the program.
+
+    Attributes:
+        llm: Whose server the program is for; known with the first call.
+        prefix: Goes before the names of the calls to come.
     """
 
     def __init__(self, name: str) -> None:
         self.llm: Macaw | None = None
+        self.prefix = ""
         self._name = name
         # Mixed case, so that changing the case of text with a stand-in in it breaks the stand-in.
         self._nonce = "aZ" + secrets.token_hex(4)
@@ -64,14 +69,19 @@ class Lowering:
             return self.chat(llm, llm._get_messages(prompt, **prompt_args), name)
         return self.complete(llm, llm._get_prompt(prompt, **prompt_args), name)
 
-    def chat(self, llm: Macaw, messages: Sequence[ChatMessage], name: str) -> str:
-        """Plan what ``llm.chat(messages)`` of a chat model asks for; see `predict`."""
+    def chat(self, llm: Macaw, messages: Sequence[ChatMessage], name: str, **kwargs: Any) -> str:
+        """Plan what ``llm.chat(messages, **kwargs)`` of a chat model asks for; see `predict`."""
         contents: Any = to_openai_message_dicts(messages, model=llm.model)
-        return self._add(llm, {"messages": contents, **llm._get_model_kwargs()}, name)
+        return self._add(llm, {"messages": contents, **llm._get_model_kwargs(**kwargs)}, name)
 
-    def complete(self, llm: Macaw, prompt: str, name: str) -> str:
-        """Plan what ``llm.complete(prompt, formatted=True)`` of a completion model asks for; see `predict`."""
-        return self._add(llm, {"prompt": prompt, **llm._get_model_kwargs()}, name)
+    def complete(self, llm: Macaw, prompt: str, name: str, **kwargs: Any) -> str:
+        """Plan what ``llm.complete(prompt, formatted=True, **kwargs)`` asks for; see `predict`."""
+        return self._add(llm, {"prompt": prompt, **llm._get_model_kwargs(**kwargs)}, name)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls so far."""
+        return len(self._calls)
 
     def join(self, stand_ins: Sequence[str], separator: str) -> str:
         """A stand-in for the answers that are not blank, stripped, with `separator` between."""
@@ -101,10 +111,11 @@ class Lowering:
         self.llm = self.llm or llm
         body.update(body.pop("extra_body", None) or {})
         body.pop("macaw", None)
+        body.pop("extra_headers", None)
         variables: set[str] = set()
         body = self._with_variables(body, variables)
         output = f"v{len(self._calls)}"
-        name = _NOT_IN_NAMES.sub("_", name)[-_MAX_NAME_LEN:]
+        name = _NOT_IN_NAMES.sub("_", self.prefix + name)[-_MAX_NAME_LEN:]
         if any(call.id == name for call in self._calls):
             name = f"{name}-{len(self._calls)}"
         self._calls.append(PlannedCall(name, output, body, frozenset(variables)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,21 +54,33 @@ class Run:
         self._parent = CURRENT_RUN.get()
         self._reader: type[_Reader] = _Task if asynchronous else _Thread
         self._readers: list[_Reader] = []
+        self._to_come: list[Lowered] = []
 
-    def add(self, lowered: Lowered) -> None:
+    def add(self, lowered: Lowered) -> bool:
         """Start a program whose answers are for this run, unless the server has lost one before."""
-        if not any(reader.lost for reader in self._readers):
-            self._readers.append(self._reader(lowered))
+        if any(reader.lost for reader in self._readers):
+            return False
+        self._readers.append(self._reader(lowered))
+        return True
+
+    def add_later(self, plans: Iterable[Lowered]) -> None:
+        """Start each of these programs as soon as something is asked for that it has."""
+        self._to_come.extend(plans)
 
     def holds(self, keys: Sequence[str]) -> bool:
         """Whether these requests would be answered from here."""
-        return any(reader.plan.holds_all(keys) for reader in self._readers)
+        plans = [lowered.plan for lowered in (*(reader.lowered for reader in self._readers), *self._to_come)]
+        return any(plan.holds_all(keys) for plan in plans)
 
     def take(self, key: str) -> Replay | None:
         """The answer to a request, if it is planned and nobody had it yet."""
         for reader in self._readers:
             if replay := reader.plan.take(key):
                 return replay
+        for lowered in self._to_come:
+            if lowered.plan.holds_all([key]):
+                self._to_come.remove(lowered)
+                return lowered.plan.take(key) if self.add(lowered) else None
         for reader in self._readers:
             if reader.lowered.sequential:
                 reader.plan.close()
@@ -77,6 +89,7 @@ class Run:
 
     def drop(self) -> None:
         """Stop the programs: what follows is not what they were made for."""
+        self._to_come.clear()
         for reader in self._readers:
             reader.plan.close()
             reader.cancel()
