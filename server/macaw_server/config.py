@@ -45,7 +45,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        default="macaw-demo", description="Local folder, hub name, or macaw-demo (a tiny model of noise)."
+        default="macaw-demo", description="Local folder, hub name, or macaw-demo (a very small one, for trying Macaw)."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     load_format: Literal["auto", "dummy"] = Field(

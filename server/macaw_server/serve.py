@@ -282,8 +282,10 @@ def _announce(
         console.print(f"  {name:9} {value}")
     for prefix in public:
         console.print(f"  public    {escape(prefix.describe(info.page_size))}")
-    if config.model == DEMO_MODEL:
-        console.print("  [yellow]macaw-demo has random weights: what it writes is noise[/]")
+    if config.load_format == "dummy":
+        console.print("  [yellow]--load-format dummy: the weights are random, what the model writes is noise[/]")
+    elif config.model == DEMO_MODEL:
+        console.print("  [yellow]macaw-demo is very small: it summarises short notes like those of make demo[/]")
     console.print(f"Macaw is serving at {_url(sock)}/v1", style="bold")
 
 

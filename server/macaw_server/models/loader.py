@@ -151,7 +151,7 @@ def load_model(
 
     logging.disable_progress_bar()  # `progress` tells the same
     distributed = sharding(config, hf)
-    if config.load_format == "dummy" or config.model == DEMO_MODEL:
+    if config.load_format == "dummy":
         progress(f"making random weights for {config.model}")
         # The caller's random state is none of our business.
         with _constructing, torch.random.fork_rng(devices=[]):
