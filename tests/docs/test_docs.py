@@ -1,4 +1,4 @@
-"""What README, docs and notebooks point to is there: files, headings, commands with their flags, make targets, a trace."""
+"""What README, docs and notebooks point to is there: files, headings, commands with their flags, make targets."""
 
 from __future__ import annotations
 
