@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 VENV_012 := $(VENV)-llamaindex-012
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-llamaindex-012 check format bench clean
+.PHONY: help setup demo test test-fast test-llamaindex-012 check format bench bench-attention clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,10 @@ $(VENV_012)/.installed: pyproject.toml constraints-llamaindex-012.txt
 test-fast: setup ## the quick loop: everything not marked slow
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-bench: setup ## attention: two-phase against unshared; planning of LangChain chains
+bench: setup ## seven workloads, requests against programs, ~10 min; BENCH="--ablate all": more flags
+	@$(BIN)/macaw bench all --rtt-ms 50 --scale 0.05 --speed 4 --repeat 3 --out build/bench $(BENCH)
+
+bench-attention: setup ## attention: two-phase against unshared; planning of LangChain chains
 	@$(BIN)/macaw kernels bench
 	@$(BIN)/python tests/bench/planning.py
 
@@ -58,4 +61,4 @@ format: setup ## let ruff write
 	@$(BIN)/ruff check --fix .
 
 clean: ## remove what was built
-	rm -rf $(VENV) $(VENV_012) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(VENV_012) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

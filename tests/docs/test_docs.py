@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from macaw_server.cli import app
+from macaw_server.workloads import read_trace, write_trace
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("docs", "integrations", "kernels", "notebooks", "server", "tests")
@@ -100,13 +103,43 @@ def test_files(page: str) -> None:
 def test_commands(page: str) -> None:
     for span in code(page):
         line = span.removeprefix("$ ").partition("#")[0]
-        command, _, rest = line.partition(" -- ")
-        match command.split():
-            case ["macaw", *words] if words and words[0] != "demo":  # which loads LangChain, and has one flag
-                assert flags(command) <= macaw_flags(words), line
-                assert flags(rest) <= macaw_flags(["serve"]), line
+        match line.split():
+            case ["macaw", word, *_] if word != "demo":  # which loads LangChain, and has one flag
+                assert_flags(line)
             case ["python", script, *_]:
                 source = (ROOT / script).read_text(encoding="utf-8")
                 assert all(f'"{flag}"' in source for flag in flags(line)), line
-            case ["make", *words]:
-                assert all(f"\n{word}: " in MAKEFILE for word in words if "=" not in word), line
+            case ["make", *_]:
+                for word in shlex.split(line)[1:]:
+                    name, is_variable, value = word.partition("=")
+                    assert (f"$({name})" if is_variable else f"\n{name}: ") in MAKEFILE, line
+                    if name == "BENCH":
+                        assert_flags(f"macaw bench WORKLOAD {value}")
+
+
+@pytest.mark.parametrize("extra", ["", "--repeat 1 --ablate all -- --engines 2"])
+def test_make_bench_runs_a_command_that_is_there(extra: str) -> None:
+    make = ["make", "--dry-run", "--old-file=.venv/.installed", "bench", f"BENCH={extra}"]
+    (command,) = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert command.startswith(".venv/bin/macaw bench all --")
+    assert command.endswith(f" {extra}")
+    assert_flags(command.removeprefix(".venv/bin/"))
+
+
+def assert_flags(line: str) -> None:
+    """The command line is one of `macaw` with flags that it has, and behind ``--`` those of `macaw serve`."""
+    command, _, rest = line.partition(" -- ")
+    words = command.split()
+    assert words[0] == "macaw"
+    assert flags(command) <= macaw_flags(words[1:]), line
+    assert flags(rest) <= macaw_flags(["serve"]), line
+
+
+def test_the_trace_is_as_it_would_be_written(tmp_path: Path) -> None:
+    [lines] = [block for language, block in _FENCED.findall(prose("docs/traces.md")) if language == "json"]
+    shown, written = tmp_path / "shown", tmp_path / "written"
+    shown.write_text(lines, encoding="utf-8")
+    [program] = read_trace(shown)
+    assert program.calls[1].deps == ("call0",)
+    write_trace([program], written, block_size=16)
+    assert written.read_text(encoding="utf-8") == lines

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Literal
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.inflight import Entry, InflightTable, OnOutput
-from macaw_server.engine.loop import Abort, Add, GetStats, Inbound, LetGo, Outbound, Outputs, Stats
+from macaw_server.engine.loop import (
+    Abort,
+    Add,
+    GetStats,
+    Inbound,
+    LetGo,
+    Outbound,
+    Outputs,
+    Stats,
+    Withdraw,
+    Withdrawn,
+)
 from macaw_server.engine.types import EngineInfo, EngineRequest, EngineStats, PublicPrefixes
 
 Status = Literal["starting", "running", "restarting", "failed", "stopped"]
@@ -38,6 +50,7 @@ class EngineHandle(ABC):
         self._public_prefixes = public_prefixes
         self.on_lost: Callable[[list[Entry]], None] | None = None
         self._table = InflightTable()
+        self._withdrawn = Counter[str]()  # requests that the engine has not yet said to have forgotten, and how often
         self._info: EngineInfo | None = None
         self._status: Status = "stopped"
         self._stats = EngineStats()
@@ -92,11 +105,13 @@ class EngineHandle(ABC):
     def withdraw(self, request_id: str) -> Entry | None:
         """Take back a request that waits, for another engine; None if it has begun or ended.
 
-        It may be that it begins right now: then what it does here is not heard of any more.
+        It may be that it begins right now: then what it does here is not heard of any more, even where the request
+        comes back before the engine has forgotten it.
         """
         entry = self._table.take_waiting(request_id)
         if entry is not None and self._status == "running":
-            self._send(Abort([request_id], keep_pages=True))
+            self._withdrawn[request_id] += 1
+            self._send(Withdraw(request_id))
         return entry
 
     def let_go(self, holders: Iterable[str]) -> None:
@@ -115,7 +130,9 @@ class EngineHandle(ABC):
     def _on_message(self, message: Outbound) -> None:
         match message:
             case Outputs(outputs):
-                self._table.deliver(outputs)
+                self._table.deliver([output for output in outputs if output.request_id not in self._withdrawn])
+            case Withdrawn(request_id):
+                self._withdrawn -= Counter([request_id])  # keeps what is above 0
             case Stats(stats):
                 self._answer_stats(stats)
 

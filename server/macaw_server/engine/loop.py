@@ -28,6 +28,12 @@ class Abort(NamedTuple):
     keep_pages: bool
 
 
+class Withdraw(NamedTuple):
+    """Forget a request that another engine runs; what it has computed stays. Answered by `Withdrawn`."""
+
+    request_id: str
+
+
 class LetGo(NamedTuple):
     """Keep nothing for these programs and requests any more."""
 
@@ -72,8 +78,14 @@ class Stats(NamedTuple):
     stats: EngineStats
 
 
-Inbound = Add | Abort | LetGo | GetStats | Stop
-Outbound = Loading | Ready | LoadFailed | Outputs | Stats
+class Withdrawn(NamedTuple):
+    """A request is forgotten: outputs of it that come later are those of its next `Add`."""
+
+    request_id: str
+
+
+Inbound = Add | Abort | Withdraw | LetGo | GetStats | Stop
+Outbound = Loading | Ready | LoadFailed | Outputs | Stats | Withdrawn
 
 
 def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outbound], None]) -> None:
@@ -87,6 +99,9 @@ def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outb
                         send(Outputs([refused]))
                 case Abort(request_ids, keep_pages):
                     core.abort(request_ids, keep_pages=keep_pages)
+                case Withdraw(request_id):
+                    core.abort([request_id], keep_pages=True)
+                    send(Withdrawn(request_id))
                 case LetGo(holders):
                     core.let_go(holders)
                 case GetStats():

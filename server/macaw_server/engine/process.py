@@ -207,6 +207,7 @@ class EngineProcess(EngineHandle):
             return
         self._ranks = None  # one rank without the others is no engine
         self._answer_stats()
+        self._withdrawn.clear()
         self._table.crashed(MAX_CRASHES_PER_REQUEST)
         self._deaths_in_a_row += 1
         if self._status == "starting":

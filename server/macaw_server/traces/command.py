@@ -93,7 +93,6 @@ def replay(
     import secrets
 
     from macaw_server.bench.errors import BenchError
-    from macaw_server.bench.workload.report import TABLE_WIDTH
     from macaw_server.errors import StartupError
     from macaw_server.traces.replay import ReplayOptions
     from macaw_server.traces.replay import replay as run
@@ -106,9 +105,7 @@ def replay(
         result = run(ReplayOptions(file, url, _keys(api_key, tenants), way, speed, model, seed))
     except (BenchError, StartupError, ValueError, OSError) as e:
         raise _failed(e) from e
-    wide = Console(highlight=False)
-    wide.width = max(wide.width, TABLE_WIDTH)
-    result.print(wide)
+    result.print(Console(highlight=False))
     if out is not None:
         out.write_text(result.report.as_json(), encoding="utf-8")
     if result.failures:

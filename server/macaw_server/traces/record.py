@@ -64,9 +64,10 @@ async def record(
         MacawError: The server cannot be reached, or refuses.
         OSError: The file cannot be written.
     """
+    keys: Sequence[str | None] = options.api_keys or [None]
     endpoints = [
         Endpoint.resolve(options.url, key, timeout_s=SILENCE_S, max_retries=0, max_reconnects=0, backoff_s=0.0)
-        for key in options.api_keys or [None]
+        for key in keys
     ]
     with options.out.open("w", encoding="utf-8") as file:
         recorder = _Recorder(file, len(endpoints))

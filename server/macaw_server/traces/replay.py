@@ -17,7 +17,7 @@ from macaw_server.bench.errors import BenchError
 from macaw_server.bench.facts import command, commit
 from macaw_server.bench.workload.clients import Way
 from macaw_server.bench.workload.records import Run
-from macaw_server.bench.workload.report import CaseResult, WorkloadReport
+from macaw_server.bench.workload.report import CaseResult, WorkloadReport, print_whole
 from macaw_server.bench.workload.texts import Texts
 from macaw_server.config import EngineConfig
 from macaw_server.models.loader import load_tokenizer
@@ -71,7 +71,7 @@ class Replay(NamedTuple):
             table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
         for summary in self.report.summaries[result.name]:
             table.add_row(*self.report.cells(summary))
-        console.print(table)
+        print_whole(console, table)
         (prompt, output), (seen_prompt, seen_cached, seen_output) = self.asked, self.seen
         facts = {
             "prompts": f"{seen_prompt:,} tokens, {seen_cached:,} of them cached; in the trace {prompt:,}",
@@ -99,7 +99,7 @@ def replay(options: ReplayOptions) -> Replay:
     tokenizer = load_tokenizer(EngineConfig(model=options.model or served))
     texts = Texts(tokenizer, options.seed)
     overhead = prompt_overhead(texts, tokenizer)
-    keys = list(options.api_keys) or [None]
+    keys: Sequence[str | None] = options.api_keys or [None]
     tenants = list(dict.fromkeys(spec.tenant for spec in specs))
     clients: list[tuple[ReplayClient, list[ProgramSpec]]] = []
     for i, key in enumerate(keys[: len(tenants)]):

@@ -206,10 +206,11 @@ def _merged(specs: list[ProgramSpec]) -> list[ProgramSpec]:
     counts = Counter(part for spec in specs for call in spec.calls for part in call.parts)
 
     def merged(parts: tuple[Part, ...]) -> Iterator[Part]:
-        for is_text, run in groupby(parts, lambda part: counts[part] if isinstance(part, Text) else 0):
-            run = list(run)
-            if is_text:
-                yield Text(run[0].key, sum(text.length for text in run))
+        for _, group in groupby(parts, lambda part: counts[part] if isinstance(part, Text) else 0):
+            run = list(group)
+            texts = [part for part in run if isinstance(part, Text)]  # all of them, or none
+            if texts:
+                yield Text(texts[0].key, sum(text.length for text in texts))
             else:
                 yield from run
 

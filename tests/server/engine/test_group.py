@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from collector import Collector
 from macaw_server.config import EngineConfig
+from macaw_server.engine import thread
 from macaw_server.engine.group import EngineGroup, sum_stats
 from macaw_server.engine.handle import EngineHandle
-from macaw_server.engine.loop import Abort, Add, Inbound, LetGo, Outputs
+from macaw_server.engine.loop import Abort, Add, Inbound, LetGo, Outputs, Withdraw, Withdrawn
 from macaw_server.engine.memory import size_pool
 from macaw_server.engine.process import EngineProcess
-from macaw_server.engine.thread import EngineThread
+from macaw_server.engine.thread import EngineThread, _post
 from macaw_server.engine.types import EngineInfo, EngineOutput, EngineRequest, EngineStats, SamplingParams
 from server.engine.test_process import CONFIG, REQUESTS, answers, expected, running
 
@@ -100,6 +103,8 @@ class ScriptedMember(EngineHandle):
                 held.append(message.request.request_id)
             elif isinstance(message, Abort):
                 held = [name for name in held if name not in message.request_ids]
+            elif isinstance(message, Withdraw):
+                held.remove(message.request_id)
         return held
 
     def say(self, *outputs: EngineOutput) -> None:
@@ -181,6 +186,25 @@ class TestMoves:
         assert back
         assert set(alive.has()) == {f"r{i}" for i in range(6)} - back
 
+    async def test_who_moves_there_and_back_hears_nothing_of_the_first_time(self) -> None:
+        member = ScriptedMember()
+        await member.start()
+        collector = Collector(member)
+        collector.submit(request("r", [1] * 100, 3))
+        for _ in range(2):  # twice away and back, before the engine says anything
+            entry = member.withdraw("r")
+            assert entry is not None
+            member.adopt(entry)
+        first_time = EngineOutput("r", [7], cached_tokens=64)
+        member.say(first_time)
+        member._on_message(Withdrawn("r"))
+        member.say(first_time)
+        assert (collector.outputs["r"], entry.request.output_ids, entry.started) == ([], [], False)
+        member._on_message(Withdrawn("r"))
+        member.say(EngineOutput("r", [8], cached_tokens=0), EngineOutput("r", [9, 10], finish_reason="length"))
+        assert [output.cached_tokens for output in collector.outputs["r"]] == [0, None]
+        assert (collector.tokens("r"), collector.ended("r")) == ([8, 9, 10], True)
+
     async def test_an_abort_finds_a_call_that_has_moved(self) -> None:
         group, (_, idle), collector = await self.start()
         for i in range(4):
@@ -221,6 +245,30 @@ async def test_calls_that_move_between_real_engines_are_answered_once_and_alike(
             assert (await collector.end(name)).finish_reason == "length"
             assert collector.tokens(name) == expected[name]
         stats = await group.stats()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+
+
+async def test_a_real_call_that_moves_away_and_back_as_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request("r", LONG[:100], 100)
+    said = threading.Event()
+
+    def post(*args: Any) -> None:
+        _post(*args)
+        said.set()
+
+    monkeypatch.setattr(thread, "_post", post)
+    async with running(engine := EngineThread(CONFIG)) as collector:
+        collector.submit(replace(asked, request_id="alone"))
+        await collector.end("alone")
+        said.clear()
+        collector.submit(asked)
+        assert said.wait(60), "no token"  # it is on its way, and this loop has not heard of it
+        entry = engine.withdraw("r")
+        assert entry is not None
+        engine.adopt(replace(entry, request=replace(entry.request, output_ids=[])))  # a copy, as a process gets one
+        await collector.end("r")
+        assert collector.tokens("r") == collector.tokens("alone")
+        stats = await engine.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
 
 

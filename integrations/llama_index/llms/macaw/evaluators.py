@@ -112,7 +112,7 @@ def _of_responses(
         yield name, evaluator, {"query": query, "response": text, "contexts": contexts, **more}
 
 
-_ARGUMENTS = dict(zip(METHODS, (_of_strings, _of_responses), strict=True))
+_ARGUMENTS: dict[str, Callable[..., Iterator[_Asked]]] = dict(zip(METHODS, (_of_strings, _of_responses), strict=True))
 
 
 def _each(

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from operator import methodcaller
+from types import new_class
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, TextBlock
@@ -39,7 +40,8 @@ class CompiledExtractor:
     async def aextract(self, nodes: Sequence[BaseNode]) -> list[dict[str, Any]]:
         """As the extractor's own, answered from a program."""
         native: Any = super().aextract  # type: ignore[misc]
-        return await _aextract(native, self, nodes)
+        metadata: list[dict[str, Any]] = await _aextract(native, self, nodes)
+        return metadata
 
     def __reduce__(self) -> tuple[Any, ...]:
         return compile_extractor, (_of_class(self, type(self).__bases__[1]),)
@@ -69,7 +71,10 @@ async def _aextract(native: Callable[..., Any], extractor: Any, nodes: Sequence[
 
 @functools.cache
 def _compiled_class(kind: type[BaseExtractor]) -> type[BaseExtractor]:
-    return type(kind)(kind.__name__, (CompiledExtractor, kind), {"__module__": kind.__module__})
+    compiled: type[BaseExtractor] = new_class(
+        kind.__name__, (CompiledExtractor, kind), exec_body=lambda body: body.update(__module__=kind.__module__)
+    )
+    return compiled
 
 
 def _of_class(extractor: Any, kind: type[Any]) -> Any:
@@ -138,6 +143,7 @@ async def _titles(e: TitleExtractor, nodes: Sequence[BaseNode]) -> AsyncIterator
 async def _contexts(e: DocumentContextExtractor, nodes: Sequence[BaseNode]) -> AsyncIterator[Unit]:
     """The document, and then a chunk of it."""
     documents: dict[str, Any] = {}
+    llm: Any = e.llm
     for i, node in enumerate(sorted(nodes, key=lambda node: node.source_node.node_id if node.source_node else "")):
         if not (node.source_node and is_text_node(node)) or e.key in node.metadata:
             continue
@@ -159,11 +165,11 @@ async def _contexts(e: DocumentContextExtractor, nodes: Sequence[BaseNode]) -> A
             ),
             ChatMessage(role="user", content=[TextBlock(text=f"{asked}\n{e.prompt}")]),
         ]
-        if e.llm.metadata.is_chat_model:
-            yield methodcaller("chat", e.llm, messages, f"context-{i}", max_tokens=e.max_output_tokens)
+        if llm.metadata.is_chat_model:
+            yield methodcaller("chat", llm, messages, f"context-{i}", max_tokens=e.max_output_tokens)
         else:
-            prompt = e.llm.messages_to_prompt(messages)
-            yield methodcaller("complete", e.llm, prompt, f"context-{i}", max_tokens=e.max_output_tokens)
+            prompt = llm.messages_to_prompt(messages)
+            yield methodcaller("complete", llm, prompt, f"context-{i}", max_tokens=e.max_output_tokens)
 
 
 def _text_nodes(e: BaseExtractor, nodes: Sequence[BaseNode]) -> list[tuple[int, BaseNode]]:

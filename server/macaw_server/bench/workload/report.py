@@ -98,21 +98,21 @@ class WorkloadReport:
             for i, summary in enumerate(summaries):
                 last = i + 1 == len(summaries) or summaries[i + 1].app != summary.app
                 table.add_row(*self.cells(summary), end_section=last)
-            _print_whole(console, table)
+            print_whole(console, table)
             if gains := switch_gains(result.rounds):
                 table = Table(title=GAINS)
                 for i, column in enumerate(_gain_columns(gains)):
                     table.add_column(column, justify="left" if i < 1 else "right", no_wrap=True)
                 for gain in gains:
                     table.add_row(*_gain_cells(gain))
-                _print_whole(console, table)
+                print_whole(console, table)
         for found in self.rates:
             table = Table(title=found.title)
             for column in RATE_COLUMNS:
                 table.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
             for side in found.summaries:
                 table.add_row(*found.cells(side))
-            _print_whole(console, table)
+            print_whole(console, table)
         for name, value in self.facts.items():
             console.print(f"{name:8} {value}", markup=False, soft_wrap=True)
 
@@ -177,8 +177,8 @@ def _gain_cells(gain: Gain) -> tuple[str, ...]:
     return (gain.name, *map(_gain, gain.by_app.values()))
 
 
-def _print_whole(console: Console, table: Table) -> None:
-    """A narrow terminal wraps the lines, and no cell is cut."""
+def print_whole(console: Console, table: Table) -> None:
+    """In a console that is too narrow the terminal wraps the lines, and no cell is cut."""
     needed = table.__rich_measure__(console, console.options.update(max_width=1000)).maximum
     console.width = max(console.width, needed)
     console.print(table)
