@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 POOL_BATCHES = 16
-PEAK_RATE, LAST_RATE, WARM_UP_STEPS = 3e-3, 1e-4, 200
+SHORT_POOLS, SHORT_TOKENS = 50, 180  # begin with what is easy to look up
+PADDED_TO = 16  # tokens; few shapes
+MATRIX_RATE, EMBEDDING_RATE, WARM_UP_STEPS = 0.02, 3e-3, 50
 READING_WEIGHT, READING_SHARE = 0.5, 1 / 6  # what is read is learnt too, a little
 CHECKPOINT_STEPS = 200
 
@@ -63,21 +65,24 @@ class Lessons:
         """The batch of `step`: chats are drawn by the pool, sorted by length so that little is padded."""
         pool, place = divmod(step, POOL_BATCHES)
         if self._pool[0] != pool:
-            self._pool = pool, self._make_pool(random.Random(pool))
+            self._pool = pool, self._make_pool(random.Random(pool), SHORT_TOKENS if pool < SHORT_POOLS else None)
         return self._pool[1][place]
 
-    def _make_pool(self, rng: random.Random) -> list[Batch]:
+    def _make_pool(self, rng: random.Random, longest: int | None) -> list[Batch]:
         rows, num_tokens = [], 0
         while num_tokens < POOL_BATCHES * BATCH_TOKENS:
-            rows.append(self._row(rng))
-            num_tokens += len(rows[-1][0])
+            row = self._row(rng)
+            if longest is None or len(row[0]) <= longest:
+                rows.append(row)
+                num_tokens += len(row[0])
         rows.sort(key=lambda row: len(row[0]))
         batches = []
-        for i in range(POOL_BATCHES):  # equal parts of the tokens
+        for left in range(POOL_BATCHES, 0, -1):  # equal parts of the tokens
             share, size = [], 0
-            while rows and (size < num_tokens / POOL_BATCHES or i == POOL_BATCHES - 1):
+            while rows and size < num_tokens / left:
                 share.append(rows.pop())
                 size += len(share[-1][0])
+            num_tokens -= size
             batches.append(_pad(share))
         rng.shuffle(batches)
         return batches
@@ -100,7 +105,7 @@ class Lessons:
 def _pad(rows: list[Row]) -> Batch:
     import torch
 
-    length = max(len(ids) for ids, _ in rows)
+    length = math.ceil(max(len(ids) for ids, _ in rows) / PADDED_TO) * PADDED_TO
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
     for row, (ids, of) in enumerate(rows):
@@ -109,12 +114,9 @@ def _pad(rows: list[Row]) -> Batch:
     return Batch(tokens, weights)
 
 
-def learning_rate(step: int, num_steps: int) -> float:
-    """Up from nothing over the first steps, then down along a cosine."""
-    if step < WARM_UP_STEPS:
-        return PEAK_RATE * (step + 1) / WARM_UP_STEPS
-    done = (step - WARM_UP_STEPS) / max(1, num_steps - WARM_UP_STEPS)
-    return LAST_RATE + (PEAK_RATE - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+def rate(step: int, num_steps: int) -> float:
+    """The share of the peak learning rate: up over the first steps, level, down to nothing over the last 60%."""
+    return min((step + 1) / WARM_UP_STEPS, 1.0, (num_steps - step) / (0.6 * num_steps))
 
 
 def _attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -158,34 +160,44 @@ def train(out: Path, num_steps: int) -> str:
     config.initializer_range = 0.02
     AttentionInterface.register("macaw_demo", _attend)
     model = LlamaForCausalLM._from_config(config, attn_implementation="macaw_demo", dtype=torch.float32)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    with torch.no_grad():  # what is copied from the context comes out as itself from the start
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    of_layers = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in of_layers]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=EMBEDDING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+    peaks = [MATRIX_RATE, EMBEDDING_RATE]
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, first = out / "checkpoint.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first = state["step"]
     started, recent = time.monotonic(), 0.0
     for step in range(first, num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate(step, num_steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, lessons.batch(step))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         recent = loss.item() if step == first else 0.98 * recent + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
             typer.echo(f"step {step + 1} of {num_steps}, loss {recent:.3f}, {pace:.2f} s a step")
         if (step + 1) % CHECKPOINT_STEPS == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".new"))
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save(
+                {"model": model.state_dict(), "optimizers": saved, "step": step + 1}, checkpoint.with_suffix(".new")
+            )
             checkpoint.with_suffix(".new").replace(checkpoint)
     model.to(torch.bfloat16).save_pretrained(out)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -196,7 +208,7 @@ def train(out: Path, num_steps: int) -> str:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and, in the end, the model.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 6000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3600,
 ) -> None:
     """Train macaw-demo."""
     typer.echo(f"model.safetensors: sha256 {train(out, steps)}")
