@@ -206,7 +206,7 @@ def test_cancel_and_deadline_free_everything(
     client: MacawClient, action: str, pages_in_use: Callable[[], float]
 ) -> None:
     b = ProgramBuilder()
-    deadline = {"deadline_ms": 200} if action == "deadline" else {}
+    deadline = {"deadline_ms": 500} if action == "deadline" else {}
     b.target(b.chat("Go on", name="long", temperature=0, max_tokens=1900, ignore_eos=True), **deadline)
     with client.stream_program(b.build()) as stream:
         if action == "cancel":

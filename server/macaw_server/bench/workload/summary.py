@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _summarize(
         num_programs=len(rounds[0]),
         latency_s=Spread.of(means),
         latency_p50_s=latencies[len(latencies) // 2],
-        latency_p90_s=latencies[int(0.9 * (len(latencies) - 1))],
+        latency_p90_s=latencies[math.ceil(0.9 * len(latencies)) - 1],
         ttft_s=statistics.median(outcome.first_token_s - outcome.spec.arrival_s for outcome in everything),
         token_ms=statistics.median(outcome.token_ms for outcome in everything),
         num_requests=_mean(everything, lambda o: float(o.num_requests)),
