@@ -25,7 +25,9 @@ TENANTS = ("tenant-a", "tenant-b")
 @pytest.fixture(scope="session")
 def local_server() -> Iterator[LocalServer]:
     """The whole server in this process, with macaw-demo in float32 and two tenants."""
-    with LocalServer(model="macaw-demo", load_format="dummy", dtype="float32", max_model_len=2048, api_key=TENANTS) as server:
+    with LocalServer(
+        model="macaw-demo", load_format="dummy", dtype="float32", max_model_len=2048, api_key=TENANTS
+    ) as server:
         yield server
 
 

@@ -126,6 +126,7 @@ def compare(workload: Workload, url: str, round_trip_ms: float, args: argparse.N
             api_key=tenant,
             temperature=0,
             max_tokens=args.max_tokens,
+            ignore_eos=True,
             http_client=http,
         )
         chain = workload.build(llm)

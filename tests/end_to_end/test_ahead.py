@@ -21,7 +21,13 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, LocalServer]]:
     """One without, and one in which even busy steps prefill ahead; few pages, so that they evict and preempt."""
-    common = {"model": "macaw-demo", "load_format": "dummy", "dtype": "float32", "max_model_len": 1024, "kv_memory": "4MiB"}
+    common = {
+        "model": "macaw-demo",
+        "load_format": "dummy",
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_memory": "4MiB",
+    }
     with (
         LocalServer(**common, prefill_ahead=False) as off,
         LocalServer(**common, ahead_rows=64) as on,

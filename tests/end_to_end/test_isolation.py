@@ -19,7 +19,13 @@ SECRET = "The tenant's own text, which the other one happens to send too. " * 12
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     path = tmp_path_factory.mktemp("shared") / "system.txt"
     path.write_text(SYSTEM)
-    config = {"model": "macaw-demo", "load_format": "dummy", "dtype": "float32", "max_model_len": 2048, "page_size": PAGE}
+    config = {
+        "model": "macaw-demo",
+        "load_format": "dummy",
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "page_size": PAGE,
+    }
     with LocalServer(**config, api_key=KEYS, shared_prefix=[path]) as server:
         yield server
 

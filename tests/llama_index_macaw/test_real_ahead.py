@@ -37,7 +37,13 @@ Refined = Callable[[str, str], tuple[str, ProgramState]]
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, LocalServer]]:
     """One that works ahead, beside a decode too; one that does so for constant text only, and one not at all."""
-    common = {"model": "macaw-demo", "load_format": "dummy", "dtype": "float32", "max_model_len": 2048, "ahead_rows": 32}
+    common = {
+        "model": "macaw-demo",
+        "load_format": "dummy",
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "ahead_rows": 32,
+    }
     with (
         LocalServer(**common, prefill_ahead=False) as off,
         LocalServer(**common, pipelining=False) as constant,
