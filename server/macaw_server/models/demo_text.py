@@ -154,15 +154,32 @@ _CHAT = (
 NOT_SAID = "The text does not say."
 
 
-def make_chat(rng: random.Random, words: list[str]) -> list[Message]:
-    """A chat; what the assistant says in it is to be learnt. `words` make text of an unknown kind."""
+def make_chat(rng: random.Random, words: list[str], copied: float) -> list[Message]:
+    """A chat; what the assistant says in it is to be learnt.
+
+    Args:
+        rng: Decides everything.
+        words: Make text of an unknown kind.
+        copied: The share of chats that ask for a copy, from which looking things up is learnt soonest.
+    """
     system = rng.sample(SYSTEM, rng.choice((0, 0, 1, 1, 2, 4, 8)))
-    task = rng.choices((_summarise, _combine, _ask, _refine, _unknown, _small_talk), (35, 18, 30, 5, 10, 2))[0]
+    others = 1 - copied
+    task = rng.choices(
+        (_copy, _summarise, _combine, _ask, _refine, _unknown, _small_talk),
+        [copied, *(others * share for share in (0.35, 0.18, 0.30, 0.05, 0.10, 0.02))],
+    )[0]
     turns = task(rng, words)
     messages = [{"role": "system", "content": " ".join(system)}] if system else []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
+
+
+def _copy(rng: random.Random, words: list[str]) -> list[Turn]:
+    """Sentences of a note, again in another order: what comes next can only be found by what came before."""
+    sentences = make_note(rng, num_facts=4).text.replace(". ", ".\n").split("\n")
+    said = rng.sample(sentences, rng.randint(1, len(sentences)))
+    return [(" ".join(said) + "\n\nSay it again.", " ".join(rng.sample(said, len(said))))]
 
 
 def _summarise(rng: random.Random, words: list[str]) -> list[Turn]:

@@ -16,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,14 +28,29 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 POOL_BATCHES = 16
-SHORT_POOLS, SHORT_TOKENS = 50, 180  # begin with what is easy to look up
 PADDED_TO = 16  # tokens; few shapes
 MATRIX_RATE, EMBEDDING_RATE, WARM_UP_STEPS = 0.02, 3e-3, 50
 READING_WEIGHT, READING_SHARE = 0.5, 1 / 6  # what is read is learnt too, a little
-CHECKPOINT_STEPS = 200
+CHECKPOINT_STEPS = 250
 
+
+class Stage(NamedTuple):
+    """What is learnt up to a pool: copying first, then short chats, then all of them.
+
+    Attributes:
+        end: The first pool of the next stage.
+        copied: Share of chats that ask for a copy.
+        longest: Chat, in tokens.
+    """
+
+    end: float
+    copied: float
+    longest: float
+
+
+STAGES = (Stage(60, 0.7, 180), Stage(140, 0.2, 200), Stage(math.inf, 0.1, math.inf))
 Row = tuple[list[int], list[float]]  # token ids of a chat, and their weights in the loss
 
 
@@ -65,14 +80,15 @@ class Lessons:
         """The batch of `step`: chats are drawn by the pool, sorted by length so that little is padded."""
         pool, place = divmod(step, POOL_BATCHES)
         if self._pool[0] != pool:
-            self._pool = pool, self._make_pool(random.Random(pool), SHORT_TOKENS if pool < SHORT_POOLS else None)
+            stage = next(stage for stage in STAGES if pool < stage.end)
+            self._pool = pool, self._make_pool(random.Random(pool), stage)
         return self._pool[1][place]
 
-    def _make_pool(self, rng: random.Random, longest: int | None) -> list[Batch]:
+    def _make_pool(self, rng: random.Random, stage: Stage) -> list[Batch]:
         rows, num_tokens = [], 0
         while num_tokens < POOL_BATCHES * BATCH_TOKENS:
-            row = self._row(rng)
-            if longest is None or len(row[0]) <= longest:
+            row = self._row(rng, stage.copied)
+            if len(row[0]) <= stage.longest:
                 rows.append(row)
                 num_tokens += len(row[0])
         rows.sort(key=lambda row: len(row[0]))
@@ -87,9 +103,9 @@ class Lessons:
         rng.shuffle(batches)
         return batches
 
-    def _row(self, rng: random.Random) -> Row:
+    def _row(self, rng: random.Random, copied: float) -> Row:
         """A chat, up to its last answer."""
-        chat = make_chat(rng, self._words)
+        chat = make_chat(rng, self._words, copied)
         ids, weights, done = [], [], 0
         for i in range(1, len(chat)):
             if chat[i]["role"] == "assistant":
@@ -208,7 +224,7 @@ def train(out: Path, num_steps: int) -> str:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and, in the end, the model.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 7000,
 ) -> None:
     """Train macaw-demo."""
     typer.echo(f"model.safetensors: sha256 {train(out, steps)}")
