@@ -114,6 +114,7 @@ def test_one_program_and_everything_else_as_before(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
@@ -121,10 +122,10 @@ def test_one_program_and_everything_else_as_before(
     [*product([*REFINES, "tree_summarize"], ANSWERS), *product(REFINES, ["nearly as long as a prompt"])],
 )
 def test_answers_that_change_what_comes_next(
-    mode: str, answers: str, asynchronous: bool, streaming: bool, build: Any, bench: Bench
+    mode: str, answers: str, asynchronous: bool, streaming: bool, chat: bool, build: Any, bench: Bench
 ) -> None:
     script = ANSWERS.get(answers, lambda prompt: NEARLY_A_PROMPT)
-    engine = build(mode, streaming=streaming)
+    engine = build(mode, chat=chat, streaming=streaming)
     expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=script)
     actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=script)
     if asynchronous:
