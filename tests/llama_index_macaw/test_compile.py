@@ -16,7 +16,7 @@ from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 
-from llama_index.llms.macaw import Macaw, compile
+from llama_index.llms.macaw import Macaw, autocompile, compile
 from llama_index.llms.macaw.refine import HAS_ONE_LOOP
 from llama_index.llms.macaw.running import CURRENT_RUN, MAX_REPLANS
 from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_async
@@ -166,6 +166,22 @@ def test_a_chain_is_planned_again_three_times(build: Any, recorder: Recorder) ->
     compile(build("refine")).query(QUESTION)
     assert [len(program.calls) for program in recorder.programs] == [6, 6, 5, 4]
     assert recorder.requests == {"program": 1 + MAX_REPLANS, "chat": 4}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_autocompile_plans_again(asynchronous: bool, build: Any, bench: Bench, recorder: Recorder) -> None:
+    queried = querying(build("refine"), QUESTION, asynchronous=asynchronous)
+    expected = bench.observe(queried, script=ANSWERS["longer than a prompt"])
+    autocompile()
+    try:
+        actual = bench.observe(queried, script=ANSWERS["longer than a prompt"])
+    finally:
+        autocompile(False)
+    assert recorder.requests == {"program": 2}
+    if asynchronous:
+        expected, actual = expected.in_any_order(), actual.in_any_order()
+    actual.prompts &= expected.prompts
+    assert actual == expected
 
 
 def test_what_is_asked_again_is_planned_again(build: Any, bench: Bench, recorder: Recorder) -> None:
