@@ -12,6 +12,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from macaw_server.cli import app
+from macaw_server.workloads import read_trace, write_trace
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("docs", "integrations", "kernels", "notebooks", "server", "tests")
@@ -110,3 +111,13 @@ def test_commands(page: str) -> None:
                 assert all(f'"{flag}"' in source for flag in flags(line)), line
             case ["make", *words]:
                 assert all(f"\n{word}: " in MAKEFILE for word in words if "=" not in word), line
+
+
+def test_the_trace_is_as_it_would_be_written(tmp_path: Path) -> None:
+    [lines] = [block for language, block in _FENCED.findall(prose("docs/traces.md")) if language == "json"]
+    shown, written = tmp_path / "shown", tmp_path / "written"
+    shown.write_text(lines, encoding="utf-8")
+    [program] = read_trace(shown)
+    assert program.calls[1].deps == ("call0",)
+    write_trace([program], written, block_size=16)
+    assert written.read_text(encoding="utf-8") == lines

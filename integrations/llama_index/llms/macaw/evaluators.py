@@ -5,6 +5,7 @@ An evaluator by itself makes one call, or a few on a context that does not fit i
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import logging
@@ -50,6 +51,7 @@ def why_not(runner: BatchEvalRunner) -> str | None:
 def compile_runner(runner: BatchEvalRunner) -> BatchEvalRunner:
     """A compiled copy."""
     compiled = copy.copy(runner)
+    compiled.semaphore = asyncio.Semaphore(runner.workers)  # one that was waited for belongs to its loop
     for name in METHODS:
         vars(compiled)[name] = functools.partial(_run, name, compiled)
     return compiled
