@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # llama-index-core 0.12, for QueryPipeline, which newer ones do not have.
 VENV_012 := $(VENV)-llamaindex-012
+TESTS_012 := llm hints imports query_pipeline compile engines evaluators extractors
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-llamaindex-012 check format bench bench-attention clean
@@ -37,7 +38,7 @@ test: check test-llamaindex-012 ## check, then all tests
 
 test-llamaindex-012: $(VENV_012)/.installed ## the LlamaIndex adapter on llama-index-core 0.12, without torch
 	@$(VENV_012)/bin/python -m pytest --confcutdir=tests/llama_index_macaw \
-		$(addprefix tests/llama_index_macaw/test_,llm.py hints.py imports.py query_pipeline.py)
+		$(addprefix tests/llama_index_macaw/test_,$(addsuffix .py,$(TESTS_012)))
 
 $(VENV_012)/.installed: pyproject.toml constraints-llamaindex-012.txt
 	@echo "Setting up $(VENV_012) (first time: a minute or two)"

@@ -25,11 +25,13 @@ def names(local_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setenv("MACAW_BASE_URL", local_server.url)
     monkeypatch.setenv("MACAW_API_KEY", TENANTS[0])
     llm = Settings._llm
+    documents = [Document(text="A semantic variable is a text with one producer.")]
     with macaw.MacawClient() as client:
         yield {name: getattr(macaw, name) for name in macaw.__all__} | {
             "client": client,
             "chunks": ["a first part", "a second part"],
-            "index": SummaryIndex.from_documents([Document(text="A semantic variable is a text with one producer.")]),
+            "documents": documents,
+            "index": SummaryIndex.from_documents(documents),
             "PromptTemplate": PromptTemplate,
             "print": lambda *values, end="\n": None,
         }

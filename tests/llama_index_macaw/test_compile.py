@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import openai
@@ -13,15 +14,16 @@ import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers import Refine, ResponseMode, get_response_synthesizer
+from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 
-from llama_index.llms.macaw import Macaw, compile
-from llama_index.llms.macaw.running import CURRENT_RUN
+from llama_index.llms.macaw import Macaw, autocompile, compile
+from llama_index.llms.macaw.refine import HAS_ONE_LOOP
+from llama_index.llms.macaw.running import CURRENT_RUN, MAX_REPLANS
 from llama_index_macaw.observing import Bench, FixedRetriever, querying, run_async
-from macaw.errors import ContextLengthError
+from macaw.errors import ContextLengthError, EngineFailedError
 from scripted_macaw_server import Recorder
 
-REFINES = ["refine", "compact"] if hasattr(Refine, "_run_refine_loop") else []  # not of an older llama-index-core
+REFINES = ["refine", "compact"] if HAS_ONE_LOOP else ["refine"]
 MODES = [
     *REFINES,
     "simple_summarize",
@@ -30,7 +32,6 @@ MODES = [
     "accumulate",
     "compact_accumulate",
 ]
-needs_refine = pytest.mark.skipif(not REFINES, reason="the refine of this llama-index-core is not compiled")
 TEXTS = [f"Part {i} of the story. " + f"The macaw number {i} flies and eats nuts. " * 14 for i in range(6)]
 QUESTION = "What does it eat?"
 
@@ -44,6 +45,7 @@ ANSWERS: dict[str, Script] = {
     "white space": lambda prompt: " \n " if "Part 2" in prompt else None,
     "white space around": lambda prompt: "\n\n nuts and fruit \n",
 }
+NEARLY_A_PROMPT = "nuts-" * 850  # as a summary it would make trees grow
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +64,9 @@ def bench(recorder: Recorder) -> Bench:
 def build(server_url: str, bench: Bench) -> Callable[..., RetrieverQueryEngine]:
     """An engine as a user would build it; chunks are packed into prompts of 200 tokens."""
 
-    def build(mode: str, *, chat: bool = True, streaming: bool = False, size: int = 200, **kwargs: Any) -> Any:
+    def build(
+        mode: str, *, chat: bool = True, streaming: bool = False, size: int = 200, max_retries: int = 0, **kwargs: Any
+    ) -> Any:
         llm = Macaw(
             model="m",
             api_base=server_url,
@@ -70,7 +74,7 @@ def build(server_url: str, bench: Bench) -> Callable[..., RetrieverQueryEngine]:
             is_function_calling_model=False,
             context_window=2000,
             max_tokens=64,
-            max_retries=0,
+            max_retries=max_retries,
             callback_manager=bench.callback_manager,
         )
         helper = PromptHelper(context_window=2000, num_output=64, chunk_size_limit=size)
@@ -110,16 +114,20 @@ def test_one_program_and_everything_else_as_before(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "completion"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("answers", ANSWERS)
-@pytest.mark.parametrize("mode", [*REFINES, "tree_summarize"])
+@pytest.mark.parametrize(
+    ("mode", "answers"),
+    [*product([*REFINES, "tree_summarize"], ANSWERS), *product(REFINES, ["nearly as long as a prompt"])],
+)
 def test_answers_that_change_what_comes_next(
-    mode: str, answers: str, asynchronous: bool, streaming: bool, build: Any, bench: Bench
+    mode: str, answers: str, asynchronous: bool, streaming: bool, chat: bool, build: Any, bench: Bench
 ) -> None:
-    engine = build(mode, streaming=streaming)
-    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=ANSWERS[answers])
-    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=ANSWERS[answers])
+    script = ANSWERS.get(answers, lambda prompt: NEARLY_A_PROMPT)
+    engine = build(mode, chat=chat, streaming=streaming)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=script)
+    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=script)
     if asynchronous:
         expected, actual = expected.in_any_order(), actual.in_any_order()
     actual.prompts &= expected.prompts  # the server has begun with what turned out not to be needed
@@ -132,13 +140,92 @@ def test_another_level_is_another_program(build: Any, recorder: Recorder) -> Non
     assert recorder.requests == {"program": 2}
 
 
-@needs_refine
-def test_a_wrong_chain_is_stopped(build: Any, recorder: Recorder) -> None:
-    """The second call is still planned rightly; what was planned behind it is not."""
-    recorder.script = ANSWERS["an empty one"]
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("part", range(6))
+def test_a_wrong_chain_is_planned_again(part: int, asynchronous: bool, build: Any, recorder: Recorder) -> None:
+    """All behind an answer that is empty, which LlamaIndex passes over; but a last call by itself needs no plan."""
+    passed_over = "Empty Response" if part == 0 and not HAS_ONE_LOOP else ""
+    recorder.script = lambda prompt: "" if f"Part {part} of" in prompt else None
+    querying(compile(build("refine")), QUESTION, asynchronous=asynchronous)()
+    first, *again = recorder.programs
+    assert len(first.calls) == 6
+    if part == 5 or (part > 0 and not HAS_ONE_LOOP):  # an older core takes it as an answer
+        assert recorder.requests == {"program": 1}
+    elif part == 4:
+        assert recorder.requests == {"program": 1, "chat": 1}
+    else:
+        assert recorder.requests == {"program": 2}
+        assert [len(call.inputs) for call in again[0].calls] == [0] + [1] * (4 - part)
+        assert f"Part {part + 1} of" in str(again[0].calls[0].request)
+        assert passed_over in str(again[0].calls[0].request)
+
+
+def test_a_chain_is_planned_again_three_times(build: Any, recorder: Recorder) -> None:
+    """And no more, where every answer splits the chunk behind it."""
+    recorder.script = lambda prompt: NEARLY_A_PROMPT
     compile(build("refine")).query(QUESTION)
-    assert recorder.requests["program"] == 1
-    assert 0 < recorder.requests["chat"] < 6
+    assert [len(program.calls) for program in recorder.programs] == [6, 6, 5, 4]
+    assert recorder.requests == {"program": 1 + MAX_REPLANS, "chat": 4}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_autocompile_plans_again(asynchronous: bool, build: Any, bench: Bench, recorder: Recorder) -> None:
+    queried = querying(build("refine"), QUESTION, asynchronous=asynchronous)
+    expected = bench.observe(queried, script=ANSWERS["longer than a prompt"])
+    autocompile()
+    try:
+        actual = bench.observe(queried, script=ANSWERS["longer than a prompt"])
+    finally:
+        autocompile(False)
+    assert recorder.requests == {"program": 2}
+    if asynchronous:
+        expected, actual = expected.in_any_order(), actual.in_any_order()
+    actual.prompts &= expected.prompts
+    assert actual == expected
+
+
+def test_what_is_asked_again_is_planned_again(build: Any, bench: Bench, recorder: Recorder) -> None:
+    """`openai`'s client repeats what failed; behind it everything is planned."""
+
+    def flaky() -> Script:
+        tried = []
+
+        def answer(prompt: str) -> str | None:
+            if "Part 2" in prompt and not tried:
+                tried.append(prompt)
+                raise EngineFailedError("The engine died.")
+            return None
+
+        return answer
+
+    engine = build("refine", max_retries=1)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=False), script=flaky())
+    assert expected.error is None
+    assert bench.observe(querying(compile(engine), QUESTION, asynchronous=False), script=flaky()) == expected
+    assert recorder.requests == {"program": 2}
+    assert [len(program.calls) for program in recorder.programs] == [6, 4]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_an_error_in_what_was_planned_again(
+    asynchronous: bool, streaming: bool, build: Any, bench: Bench, recorder: Recorder
+) -> None:
+    def script(prompt: str) -> str | None:
+        if "Part 4" in prompt:
+            raise ContextLengthError("Context of 12 tokens is over the model's 10. Shorten the prompt.")
+        return "" if "Part 0" in prompt else None
+
+    engine = build("refine", streaming=streaming)
+    expected = bench.observe(querying(engine, QUESTION, asynchronous=asynchronous), script=script)
+    actual = bench.observe(querying(compile(engine), QUESTION, asynchronous=asynchronous), script=script)
+    assert issubclass(expected.error[0], openai.BadRequestError)
+    if not streaming:  # in a stream, an empty answer is refined as any other
+        assert recorder.requests == {"program": 2}
+    if asynchronous:
+        expected, actual = expected.in_any_order(), actual.in_any_order()
+    actual.prompts &= expected.prompts
+    assert actual == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
@@ -169,16 +256,15 @@ def test_all_leaves_at_once(build: Any, recorder: Recorder) -> None:
     engine.retriever.texts = (TEXTS * 6)[:35]
     engine.query(QUESTION)
     leaves = recorder.requests["chat"] - 1
-    assert leaves == (16 if REFINES else 3)  # an older prompt helper does not heed its limit
+    assert leaves == (16 if HAS_ONE_LOOP else 3)  # an older prompt helper does not heed its limit
     assert recorder.peak == 1
     recorder.clear()
     compile(engine).query(QUESTION)
     assert (recorder.requests, recorder.peak) == ({"program": 1}, leaves)
 
 
-@needs_refine
 def test_prompts_can_be_read_and_changed(build: Any, bench: Bench, recorder: Recorder) -> None:
-    plain, compiled = build("compact"), compile(build("compact"))
+    plain, compiled = build(REFINES[-1]), compile(build(REFINES[-1]))
     assert compiled.get_prompts() == plain.get_prompts()
     shorter = {
         "response_synthesizer:text_qa_template": PromptTemplate("{context_str}\n{query_str}"),
@@ -192,7 +278,6 @@ def test_prompts_can_be_read_and_changed(build: Any, bench: Bench, recorder: Rec
     assert recorder.requests == {"program": 1}
 
 
-@needs_refine
 def test_templates_that_look_at_answers(build: Any, bench: Bench, recorder: Recorder) -> None:
     """What a function makes of an answer is not known ahead; all before that is."""
     template = PromptTemplate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,12 @@ from llama_index.core.extractors import (
 )
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.ingestion.pipeline import get_transformation_hash
-from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.node_parser import TokenTextSplitter
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
 from llama_index.llms.macaw import Macaw, autocompile, compile, fanout
+from llama_index.llms.macaw.compile import HAS_PIPELINES
 from llama_index_macaw.observing import Bench, Observed, run_async
 from macaw.errors import ContextLengthError
 from scripted_macaw_server import Recorder
@@ -36,6 +38,9 @@ KINDS: dict[str, tuple[Callable[[Macaw], BaseExtractor], int]] = {
     "titles": (lambda llm: TitleExtractor(llm=llm, nodes=2, show_progress=False), 5 + 3),
     "contexts": (lambda llm: _contexts(llm), 6),
 }
+if HAS_PIPELINES:  # with llama-index-core 0.12 the extractor asks chats for what only Anthropic's server takes
+    del KINDS["contexts"]
+needs_contexts = pytest.mark.skipif(HAS_PIPELINES, reason="DocumentContextExtractor sends cache_control in a message")
 
 
 def _contexts(llm: Macaw) -> DocumentContextExtractor:
@@ -114,6 +119,7 @@ def test_answers_out_of_the_ordinary(kind: str, answer: str, model: Macaw, bench
     assert recorder.requests == {"program": 1}
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # LlamaIndex's other workers
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error(kind: str, model: Macaw, bench: Bench, recorder: Recorder) -> None:
     """It is raised where it would be; the extractor of contexts goes on without."""
@@ -130,6 +136,7 @@ def test_an_error(kind: str, model: Macaw, bench: Bench, recorder: Recorder) -> 
     assert recorder.requests["program"] == 1  # other workers may go on for a while
     if kind != "contexts":
         assert issubclass(expected.error[0], openai.BadRequestError)
+    gc.collect()  # what was never awaited is told here, not in another test
 
 
 def test_many_nodes_are_several_programs(
@@ -153,6 +160,7 @@ def test_a_server_without_programs(model: Macaw, bench: Bench, recorder: Recorde
     assert recorder.requests == {"program": 1, "chat": 7}
 
 
+@needs_contexts
 def test_what_is_no_text(model: Macaw, bench: Bench, recorder: Recorder) -> None:
     def run(extractor: BaseExtractor) -> Observed:
         mixed = [*nodes()[:2], ImageNode(id_="image", image_url="nowhere"), Document(text="text", id_="document")]
@@ -166,6 +174,7 @@ def test_what_is_no_text(model: Macaw, bench: Bench, recorder: Recorder) -> None
         assert recorder.requests["program"] == programs
 
 
+@needs_contexts
 def test_a_document_that_is_missing_or_too_long(model: Macaw, bench: Bench, recorder: Recorder) -> None:
     extractor = _contexts(model)
     extractor.docstore.delete_document("two")
@@ -190,7 +199,7 @@ def test_in_an_ingestion_pipeline(model: Macaw, bench: Bench, recorder: Recorder
 
     def run(compiled: bool) -> Observed:
         steps = [
-            SentenceSplitter(chunk_size=40, chunk_overlap=0),
+            TokenTextSplitter(chunk_size=40, chunk_overlap=0),
             KINDS["titles"][0](model),
             KINDS["keywords"][0](model),
         ]

@@ -144,3 +144,22 @@ def test_the_timeline_shows_it(refined: Refined) -> None:
 
     assert ["░" in row for row in rows("on")] == [True] * 3
     assert ["░" in row for row in rows("off")] == [False] * 3
+
+
+def test_also_in_what_is_planned_again(servers: dict[str, LocalServer], refined: Refined) -> None:
+    """The first answer is stopped before its first word, so it is passed over, and the plan was wrong."""
+    first = min(refined("for chats", "on")[1].calls, key=lambda call: call.depth)
+    assert first.completion is not None
+    begin = first.completion["choices"][0]["message"]["content"][:12]
+    options = {"temperature": 0, "max_tokens": ANSWER_TOKENS, "additional_kwargs": {"ignore_eos": True, "stop": begin}}
+    llm = Macaw("macaw-demo", api_base=servers["on"].url, **options)
+    synthesizer = Refine(llm=llm, prompt_helper=PromptHelper(context_window=2048, num_output=ANSWER_TOKENS))
+    engine = RetrieverQueryEngine(FixedRetriever(TEXTS), synthesizer)
+    with MacawClient(servers["on"].url) as client:
+        before = {program.id for program in client.list_programs()}
+        answer = str(compile(engine).query(QUESTION))
+        wrong, again = [program for program in client.list_programs() if program.id not in before]
+    assert answer == str(engine.query(QUESTION))
+    assert (len(wrong.calls), len(again.calls)) == (len(TEXTS), len(TEXTS) - 1)
+    _, *later = sorted(again.calls, key=lambda call: call.depth)
+    assert all(call.timings.prefilled_ahead_tokens for call in later)

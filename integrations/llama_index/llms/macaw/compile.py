@@ -28,7 +28,6 @@ from llama_index.core.query_engine import (
 from llama_index.core.response_synthesizers import BaseSynthesizer, Refine
 
 from llama_index.llms.macaw import evaluators, extractors, synthesizers
-from llama_index.llms.macaw.lowering import NotStatic
 from llama_index.llms.macaw.packing import remembering, splitting_once
 from llama_index.llms.macaw.running import CURRENT_RUN, AsyncPlannedStream, Lowered, PlannedStream, Run
 
@@ -181,9 +180,8 @@ async def _aget_response(synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any
 
 def get_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
     """``native(synthesizer, ...)``, answered from a program."""
-    with splitting_once() as splits:
+    with splitting_once():
         run = _prepare(synthesizer, args, kwargs, asynchronous=False)
-        splits.recording = False
         if run is None:
             return native(synthesizer, *args, **kwargs)
         try:
@@ -199,9 +197,8 @@ def get_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args
 
 async def aget_response(native: Callable[..., Any], synthesizer: BaseSynthesizer, *args: Any, **kwargs: Any) -> Any:
     """``await native(synthesizer, ...)``, answered from a program."""
-    with splitting_once() as splits:
+    with splitting_once():
         run = _prepare(synthesizer, args, kwargs, asynchronous=True)
-        splits.recording = False
         if run is None:
             return await native(synthesizer, *args, **kwargs)
         try:
@@ -239,12 +236,7 @@ def _prepare(
 
 
 def _lower(synthesizer: BaseSynthesizer, query_str: str, text_chunks: Any, *args: Any, **kwargs: Any) -> Lowered | None:
-    try:
-        if args:
-            raise NotStatic("Arguments without a name are not planned.")
-        return synthesizers.lower(synthesizer, query_str, text_chunks, kwargs)
-    except NotStatic as reason:
-        logger.info("%s sends ordinary requests: %s", type(synthesizer).__name__, reason)
-    except Exception as error:  # native code meets the same, and there it is the user's to see
-        logger.debug("%s could not be lowered: %r", type(synthesizer).__name__, error)
-    return None
+    if args:
+        logger.info("%s sends ordinary requests: arguments without a name are not planned.", type(synthesizer).__name__)
+        return None
+    return synthesizers.lower(synthesizer, query_str, text_chunks, kwargs)

@@ -30,7 +30,7 @@ from llama_index.core.response_synthesizers import CompactAndRefine, get_respons
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.fanout import Unit, answered, lower_units
 from llama_index.llms.macaw.lowering import Lowering, NotStatic
-from llama_index.llms.macaw.packing import remembering, splitting_once
+from llama_index.llms.macaw.packing import planning, remembering
 from llama_index.llms.macaw.running import Lowered
 from llama_index.llms.macaw.synthesizers import LOWERINGS as SYNTHESIZERS
 
@@ -79,7 +79,7 @@ def _why_not(evaluator: BaseEvaluator) -> str | None:
 def _lower(method: str, runner: BatchEvalRunner, *args: Any, **kwargs: Any) -> list[Lowered]:
     """The calls that a method of the runner is about to make."""
     try:
-        with splitting_once():
+        with planning():
             return lower_units("BatchEvalRunner", _units(_ARGUMENTS[method](runner, *args, **kwargs)))
     except Exception as error:  # native code meets the same, and there it is the user's to see
         logger.debug("%s could not be lowered: %r", method, error)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -37,16 +38,18 @@ class Lowering:
 
     Args:
         name: What is run; a label of the program.
+        answers: Of the first calls, which have been made: they are no part of the program.
 
     Attributes:
         llm: Whose server the program is for; known with the first call.
         prefix: Goes before the names of the calls to come.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, answers: Iterable[str] = ()) -> None:
         self.llm: Macaw | None = None
         self.prefix = ""
         self._name = name
+        self._answers = deque(answers)
         # Mixed case, so that changing the case of text with a stand-in in it breaks the stand-in.
         self._nonce = "aZ" + secrets.token_hex(4)
         self._pattern = re.compile(f"{_START}{self._nonce}([vj][0-9]+){_END}")
@@ -57,7 +60,7 @@ class Lowering:
         """Plan what ``llm.predict(prompt, **prompt_args)`` asks for.
 
         Returns:
-            A stand-in for the answer.
+            A stand-in for the answer; the answer itself, if it is known.
 
         Raises:
             NotStatic: The request depends on more than the text of answers.
@@ -65,6 +68,8 @@ class Lowering:
         """
         if not isinstance(llm, Macaw):
             raise NotStatic(f"{type(llm).__name__} is not Macaw.")
+        if self._answers:
+            return self._answers.popleft()
         if llm.metadata.is_chat_model:
             return self.chat(llm, llm._get_messages(prompt, **prompt_args), name)
         return self.complete(llm, llm._get_prompt(prompt, **prompt_args), name)

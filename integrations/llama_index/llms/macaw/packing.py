@@ -29,7 +29,7 @@ class Splits:
     """
 
     def __init__(self) -> None:
-        self.recording = True
+        self.recording = False
         self._kept: dict[tuple[Any, ...], list[str]] = {}
 
     def attach(self, splitter: TokenTextSplitter) -> None:
@@ -39,7 +39,8 @@ class Splits:
         def record(text: str) -> list[str]:
             size, chunks = splitter.chunk_size, [text]
             if text:
-                chunks = splitter._merge(splitter._split(text, size), size)
+                kept = self._kept.get((*kind, size, text))
+                chunks = splitter._merge(splitter._split(text, size), size) if kept is None else kept
             self._kept[(*kind, size, text)] = chunks
             return list(chunks)
 
@@ -59,13 +60,28 @@ _CURRENT: ContextVar[Splits | None] = ContextVar("macaw_splits", default=None)
 
 @contextmanager
 def splitting_once() -> Iterator[Splits]:
-    """Keep what is split in this context, until `recording` is set to False: then use it."""
+    """In this context, use what was split by `planning`."""
     splits = Splits()
     token = _CURRENT.set(splits)
     try:
         yield splits
     finally:
         _CURRENT.reset(token)
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Split without a trace, and keep the results for the `splitting_once` around."""
+    splits = _CURRENT.get()
+    if splits is None:
+        with splitting_once(), planning():
+            yield
+        return
+    before, splits.recording = splits.recording, True
+    try:
+        yield
+    finally:
+        splits.recording = before
 
 
 def remembering(helper: PromptHelper) -> PromptHelper:

@@ -102,7 +102,8 @@ class Plan:
         self._values: dict[str, str] = {}
         self._missing: dict[str, int] = {}
         self._consumers: dict[str, list[PlannedCall | Join]] = defaultdict(list)
-        self._by_key: dict[str, deque[Replay]] = defaultdict(deque)
+        self._by_key: dict[str, deque[PlannedCall]] = defaultdict(deque)
+        self._taken: list[PlannedCall] = []
         consumers: list[PlannedCall | Join] = [*joins, *calls]
         for consumer in consumers:
             inputs = set(consumer.inputs) if isinstance(consumer, Join) else consumer.variables
@@ -113,14 +114,24 @@ class Plan:
                 self._publish(consumer)
 
     @property
+    def num_calls(self) -> int:
+        """Calls of the program."""
+        return len(self._calls)
+
+    @property
     def ended(self) -> bool:
         """Whether every call has its answer, its failure, or no chance to get one."""
         return all(replay.ended for replay in self._replays.values())
 
+    @property
+    def answers(self) -> list[str]:
+        """The texts of what was answered from here, in the order in which it was asked for."""
+        return [self._values[call.output] for call in self._taken if call.output in self._values]
+
     def ready_keys(self) -> list[str]:
         """The requests that would be answered from here now."""
         with self._lock:
-            return [key for key, replays in self._by_key.items() if replays]
+            return [key for key, calls in self._by_key.items() if calls]
 
     def holds_all(self, keys: Sequence[str]) -> bool:
         """Whether all of these requests would be answered from here now."""
@@ -130,8 +141,11 @@ class Plan:
     def take(self, key: str) -> Replay | None:
         """The answer to a request, for whoever asks first; None if it is not (or no longer) planned."""
         with self._lock:
-            replays = self._by_key.get(key)
-            return replays.popleft() if replays else None
+            calls = self._by_key.get(key)
+            if not calls:
+                return None
+            self._taken.append(calls.popleft())
+            return self._replays[self._taken[-1].id]
 
     def feed(self, event: AnyEvent) -> None:
         """Take in an event of the program's stream."""
@@ -181,7 +195,7 @@ class Plan:
         key = request_key(call.body, self._values)
         with self._lock:
             if not self.closed:
-                self._by_key[key].append(self._replays[call.id])
+                self._by_key[key].append(call)
 
 
 def answer_text(completion: Mapping[str, Any]) -> str:

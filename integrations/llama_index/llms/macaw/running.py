@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 CURRENT_RUN: ContextVar[Run | None] = ContextVar("macaw_run", default=None)
 """What requests of this context are answered from."""
 
+MAX_REPLANS = 3
+"""Of one run: answers that keep changing what comes next are not foreseen by another plan either."""
+
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -32,13 +35,13 @@ class Lowered(NamedTuple):
     Attributes:
         plan: The program.
         llm: Whose server it goes to.
-        sequential: Its calls come one after the other, so that a request which was not planned means that the
-            rest of the plan is wrong too.
+        replan: What to plan instead, by the answers so far, for calls that come one after the other: a request which
+            was not planned then means that the rest of the plan is wrong too. None if they do not.
     """
 
     plan: Plan
     llm: Macaw
-    sequential: bool = False
+    replan: Callable[[Sequence[str]], Lowered | None] | None = None
 
 
 class Run:
@@ -55,6 +58,7 @@ class Run:
         self._reader: type[_Reader] = _Task if asynchronous else _Thread
         self._readers: list[_Reader] = []
         self._to_come: list[Lowered] = []
+        self._replans_left = MAX_REPLANS
 
     def add(self, lowered: Lowered) -> bool:
         """Start a program whose answers are for this run, unless the server has lost one before."""
@@ -81,11 +85,28 @@ class Run:
             if lowered.plan.holds_all([key]):
                 self._to_come.remove(lowered)
                 return lowered.plan.take(key) if self.add(lowered) else None
-        for reader in self._readers:
-            if reader.lowered.sequential:
-                reader.plan.close()
-                reader.cancel()
-        return self._parent.take(key) if self._parent else None
+        return self._take_replanned(key) or (self._parent.take(key) if self._parent else None)
+
+    def _take_replanned(self, key: str) -> Replay | None:
+        """The answer to a request that a chain did not foresee, from a new plan for what is left of the chain.
+
+        A last call is as well an ordinary request. What that is answered is not seen here, so no plan comes after it.
+        """
+        chain = [reader for reader in self._readers if reader.lowered.replan]
+        replay = None
+        if chain and self._replans_left:
+            self._replans_left -= 1
+            answers = [answer for reader in chain for answer in reader.plan.answers]
+            replan = chain[-1].lowered.replan
+            lowered = replan(answers) if replan else None
+            if lowered and lowered.plan.num_calls > 1 and lowered.plan.holds_all([key]) and self.add(lowered):
+                replay = lowered.plan.take(key)
+        for reader in chain:
+            reader.plan.close()
+            reader.cancel()
+        if replay is None:
+            self._replans_left = 0
+        return replay
 
     def drop(self) -> None:
         """Stop the programs: what follows is not what they were made for."""

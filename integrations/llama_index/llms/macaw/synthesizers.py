@@ -7,12 +7,12 @@ that is passed over) shows when the native code asks for something else: see `ll
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.prompts.prompt_utils import get_biggest_prompt
 from llama_index.core.response_synthesizers import (
     Accumulate,
     BaseSynthesizer,
@@ -24,8 +24,11 @@ from llama_index.core.response_synthesizers import (
 )
 from llama_index.core.response_synthesizers.compact_and_accumulate import CompactAndAccumulate
 
+from llama_index.llms.macaw import refine
 from llama_index.llms.macaw.base import Macaw
 from llama_index.llms.macaw.lowering import Lowering, NotStatic
+from llama_index.llms.macaw.packing import planning
+from llama_index.llms.macaw.plan import Plan
 from llama_index.llms.macaw.running import Lowered
 
 logger = logging.getLogger(__name__)
@@ -43,11 +46,8 @@ def why_not(synthesizer: BaseSynthesizer) -> str | None:
         return "it is multimodal"
     if synthesizer._output_cls is not None:
         return "it has an output_cls"
-    if isinstance(synthesizer, Refine):
-        if synthesizer._structured_answer_filtering:
-            return "it filters structured answers"
-        if not hasattr(Refine, "_run_refine_loop"):
-            return "refine of this llama-index-core is another one than that of 0.14"
+    if isinstance(synthesizer, Refine) and (reason := refine.why_not(synthesizer)):
+        return reason
     # Not by `get_prompts`, which opens a span.
     prompts = (value for value in vars(synthesizer).values() if isinstance(value, BasePromptTemplate))
     if synthesizer._llm.output_parser or any(prompt.output_parser for prompt in prompts):
@@ -56,24 +56,49 @@ def why_not(synthesizer: BaseSynthesizer) -> str | None:
 
 
 def lower(
-    synthesizer: BaseSynthesizer, query_str: str, text_chunks: Sequence[str], kwargs: dict[str, Any]
+    synthesizer: BaseSynthesizer,
+    query_str: str,
+    text_chunks: Sequence[str],
+    kwargs: dict[str, Any],
+    answers: Sequence[str] = (),
 ) -> Lowered | None:
-    """The calls that ``get_response(query_str, text_chunks, **kwargs)`` is about to make, if there are any.
+    """The calls that ``get_response(query_str, text_chunks, **kwargs)`` is about to make.
 
-    Raises:
-        NotStatic: They cannot be told ahead.
+    Args:
+        synthesizer: Whose `get_response`.
+        query_str: The question.
+        text_chunks: What it is asked of.
+        kwargs: Further arguments, by name.
+        answers: Of refine, what the calls made so far were answered; the plan is what comes behind them.
+
+    Returns:
+        None for no calls, and if they cannot be told ahead: the log says why.
     """
-    if reason := why_not(synthesizer):  # prompts and models change after `compile`
-        raise NotStatic(f"Not planned: {reason}.")
-    lowering = Lowering(type(synthesizer).__name__)
+    lowering = Lowering(type(synthesizer).__name__, answers)
     try:
-        LOWERINGS[type(synthesizer)](lowering, synthesizer, query_str, text_chunks, dict(kwargs))
-    except NotStatic as reason:
-        logger.info("What %s asks for is planned in part: %s", type(synthesizer).__name__, reason)
-    plan = lowering.plan()
+        plan = _plan(lowering, synthesizer, query_str, text_chunks, kwargs)
+    except Exception as error:  # native code meets the same, and there it is the user's to see
+        logger.debug("%s could not be lowered: %r", type(synthesizer).__name__, error)
+        return None
     if plan is None or lowering.llm is None:
         return None
-    return Lowered(plan, lowering.llm, sequential=isinstance(synthesizer, Refine))
+    again = functools.partial(lower, synthesizer, query_str, text_chunks, kwargs)
+    return Lowered(plan, lowering.llm, replan=again if isinstance(synthesizer, Refine) else None)
+
+
+def _plan(
+    lowering: Lowering, synthesizer: BaseSynthesizer, query: str, chunks: Sequence[str], kwargs: dict[str, Any]
+) -> Plan | None:
+    kind = type(synthesizer)
+    if reason := why_not(synthesizer):  # prompts and models change after `compile`
+        logger.info("%s sends ordinary requests: %s.", kind.__name__, reason)
+        return None
+    try:
+        with planning():
+            LOWERINGS[kind](lowering, synthesizer, query, chunks, dict(kwargs))
+    except NotStatic as not_static:
+        logger.info("What %s asks for is planned in part: %s", kind.__name__, not_static)
+    return lowering.plan()
 
 
 def _tree(lowering: Lowering, s: TreeSummarize, query: str, chunks: Sequence[str], kwargs: dict[str, Any]) -> None:
@@ -90,34 +115,6 @@ def _tree(lowering: Lowering, s: TreeSummarize, query: str, chunks: Sequence[str
     if packed == [_SEPARATOR.join(summaries)]:
         context = lowering.join(summaries, _SEPARATOR)
         lowering.predict(s._llm, template, "root", context_str=context, **kwargs)
-
-
-def _refine(lowering: Lowering, s: Refine, query: str, chunks: Sequence[str], kwargs: dict[str, Any]) -> None:
-    """A chain: each call reads the answer of the one before it."""
-    answer = kwargs.pop("prev_response", None)
-    if not (answer is None or isinstance(answer, str)):
-        raise NotStatic("The previous response is a stream.")
-    biggest = get_biggest_prompt([s._text_qa_template, s._refine_template])
-    padding = s._response_padding_size
-    queue = [
-        part for chunk in chunks for part in s._prompt_helper.repack(biggest, [chunk], llm=s._llm, padding=padding)
-    ]
-    for i, chunk in enumerate(queue):
-        if answer is None:
-            template = s._text_qa_template.partial_format(query_str=query)
-            answer = lowering.predict(s._llm, template, f"answer-{i}", context_str=chunk, **kwargs)
-            continue
-        template = s._refine_template.partial_format(query_str=query, existing_answer=answer)
-        repacked = s._prompt_helper.repack(template, [chunk], llm=s._llm)
-        if len(repacked) != 1:
-            break
-        answer = lowering.predict(s._llm, template, f"refine-{i}", context_msg=repacked[0], **kwargs)
-
-
-def _compact_and_refine(
-    lowering: Lowering, s: CompactAndRefine, query: str, chunks: Sequence[str], kwargs: dict[str, Any]
-) -> None:
-    _refine(lowering, s, query, s._make_compact_text_chunks(query, chunks), kwargs)
 
 
 def _accumulate(lowering: Lowering, s: Accumulate, query: str, chunks: Sequence[str], kwargs: dict[str, Any]) -> None:
@@ -157,8 +154,8 @@ _SEPARATOR = "\n\n"  # of PromptHelper.repack
 
 LOWERINGS: dict[type[BaseSynthesizer], Lower] = {
     TreeSummarize: _tree,
-    Refine: _refine,
-    CompactAndRefine: _compact_and_refine,
+    Refine: refine.lower_refine,
+    CompactAndRefine: refine.lower_compact_and_refine,
     Accumulate: _accumulate,
     CompactAndAccumulate: _compact_and_accumulate,
     SimpleSummarize: _simple,
