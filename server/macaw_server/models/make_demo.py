@@ -1,8 +1,8 @@
 """Makes the weights of `macaw-demo`: ``python -m macaw_server.models.make_demo OUT [--steps N]``.
 
 A Llama of 2.4 million parameters learns to summarise and to answer from the chats of `demo_text`, on one CPU core, in
-about an hour. Config, chat template and tokenizer are those in `models/demo/`; the tokenizer was trained on the
-project's own docs. Each step's data comes from its number, so that a run that was interrupted goes on from its last
+about half an hour; before that, its tokenizer is made from them. Config and chat template are those in `models/demo/`.
+Each step's data comes from its number, so that a run that was interrupted goes on from its last
 checkpoint in OUT to the same weights. On the same kind of CPU and version of torch the run is deterministic: the hash
 of the weights is in docs/demo-model.md.
 """
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+VOCAB_SIZE = 2048
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENIZER_SEED, TOKENIZER_CHATS = 10**12, 4000
 BATCH_TOKENS = 2048
 POOL_BATCHES = 16
 PADDED_TO = 16  # tokens; few shapes
@@ -50,7 +53,7 @@ class Stage(NamedTuple):
     longest: float
 
 
-STAGES = (Stage(60, 0.7, 180), Stage(140, 0.2, 200), Stage(math.inf, 0.1, math.inf))
+STAGES = (Stage(50, 0.6, 120), Stage(110, 0.2, 120), Stage(math.inf, 0.1, math.inf))
 Row = tuple[list[int], list[float]]  # token ids of a chat, and their weights in the loss
 
 
@@ -118,6 +121,36 @@ class Lessons:
         return ids, weights
 
 
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer on the chats, and write it to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    rng = random.Random(TOKENIZER_SEED)
+    chats = (make_chat(rng, [" word"], 0.0) for _ in range(TOKENIZER_CHATS))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        (text for chat in chats for message in chat for text in message.values()),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = (DEMO_FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
+    fast.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+
+
 def _pad(rows: list[Row]) -> Batch:
     import torch
 
@@ -166,12 +199,12 @@ def train(out: Path, num_steps: int) -> str:
         The SHA-256 of `out`/model.safetensors.
     """
     import torch
-    from transformers import AttentionInterface, AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers import AttentionInterface, AutoConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)  # sums do not depend on the number of cores
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
-    lessons = Lessons(AutoTokenizer.from_pretrained(DEMO_FOLDER))
+    lessons = Lessons(make_tokenizer(out))
     config = AutoConfig.from_pretrained(DEMO_FOLDER)
     config.initializer_range = 0.02
     AttentionInterface.register("macaw_demo", _attend)
@@ -216,15 +249,14 @@ def train(out: Path, num_steps: int) -> str:
             )
             checkpoint.with_suffix(".new").replace(checkpoint)
     model.to(torch.bfloat16).save_pretrained(out)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "generation_config.json"):
         shutil.copy(DEMO_FOLDER / name, out / name)
-    shutil.copy(DEMO_FOLDER / "chat_template.jinja", out / "chat_template.jinja")
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and, in the end, the model.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 7000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 5000,
 ) -> None:
     """Train macaw-demo."""
     typer.echo(f"model.safetensors: sha256 {train(out, steps)}")
