@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from macaw import MacawClient
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 # Nothing is timed: machines are shared. In CI the same examples in each run: what is new is found by those who develop.
 settings.register_profile(
@@ -24,10 +25,8 @@ TENANTS = ("tenant-a", "tenant-b")
 
 @pytest.fixture(scope="session")
 def local_server() -> Iterator[LocalServer]:
-    """The whole server in this process, with macaw-demo in float32 and two tenants."""
-    with LocalServer(
-        model="macaw-demo", load_format="dummy", dtype="float32", max_model_len=2048, api_key=TENANTS
-    ) as server:
+    """The whole server in this process, with a model of noise in float32 and two tenants."""
+    with LocalServer(**NOISE, dtype="float32", max_model_len=2048, api_key=TENANTS) as server:
         yield server
 
 

@@ -54,9 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     times: dict[str, list[float]] = {"known to A": [], "new": [], "own": []}
-    with LocalServer(
-        model="macaw-demo", load_format="dummy", dtype="float32", max_model_len=4096, api_key=("a", "b")
-    ) as server:
+    with LocalServer(model="macaw-demo", dtype="float32", max_model_len=4096, api_key=("a", "b")) as server:
         a, b = (
             httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=60) for key in "ab"
         )

@@ -13,6 +13,7 @@ from macaw import MacawClient, ProgramBuilder
 from macaw.protocol import CallDelta, ProgramRequest, ProgramState
 from macaw_server.engine.types import EngineStats
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 TEXT = "A macaw serves applications, and the constant text of a prompt is there before its variables are. "
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -21,13 +22,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, LocalServer]]:
     """One without, and one in which even busy steps prefill ahead; few pages, so that they evict and preempt."""
-    common = {
-        "model": "macaw-demo",
-        "load_format": "dummy",
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "kv_memory": "4MiB",
-    }
+    common = {**NOISE, "dtype": "float32", "max_model_len": 1024, "kv_memory": "4MiB"}
     with (
         LocalServer(**common, prefill_ahead=False) as off,
         LocalServer(**common, ahead_rows=64) as on,

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 KEYS = ("key-a", "key-b")
 PAGE = 16
@@ -19,13 +20,7 @@ SECRET = "The tenant's own text, which the other one happens to send too. " * 12
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     path = tmp_path_factory.mktemp("shared") / "system.txt"
     path.write_text(SYSTEM)
-    config = {
-        "model": "macaw-demo",
-        "load_format": "dummy",
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "page_size": PAGE,
-    }
+    config = {**NOISE, "dtype": "float32", "max_model_len": 2048, "page_size": PAGE}
     with LocalServer(**config, api_key=KEYS, shared_prefix=[path]) as server:
         yield server
 

@@ -10,6 +10,7 @@ import pytest
 
 from macaw import AsyncMacawClient, ProgramBuilder
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 LIMIT = 20
 OPTIONS = {"temperature": 0, "ignore_eos": True}
@@ -48,13 +49,7 @@ def chain() -> ProgramBuilder:
 
 @pytest.mark.slow
 async def test_a_flood_of_one_tenant_is_refused_and_the_programs_of_another_end() -> None:
-    config = {
-        "model": "macaw-demo",
-        "load_format": "dummy",
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "max_live_calls": LIMIT,
-    }
+    config = {**NOISE, "dtype": "float32", "max_model_len": 1024, "max_live_calls": LIMIT}
     with LocalServer(**config, api_key=("greedy", "modest")) as server:
         over = asyncio.Event()
         flooding = asyncio.create_task(flood(server.url, 10 * LIMIT, over))

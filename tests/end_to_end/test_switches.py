@@ -12,15 +12,10 @@ from macaw.protocol import ProgramRequest, ProgramState
 from macaw_server.engine.group import EngineGroup
 from macaw_server.engine.types import Engine, EngineStats
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 RULES = "These are the rules that all calls of this program begin with, so that they are worth keeping. " * 6
-COMMON: dict[str, Any] = {
-    "model": "macaw-demo",
-    "load_format": "dummy",
-    "dtype": "float32",
-    "max_model_len": 1024,
-    "kv_memory": "16MiB",
-}
+COMMON: dict[str, Any] = {**NOISE, "dtype": "float32", "max_model_len": 1024, "kv_memory": "16MiB"}
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 

@@ -23,6 +23,7 @@ from macaw import MacawClient
 from macaw.protocol import CallState, ProgramState
 from macaw.timeline import render_timeline
 from macaw_server.serve import LocalServer
+from noise import NOISE
 
 TEXTS = [f"Part {i}. " + f"The macaw number {i} flies, eats nuts and talks. " * 11 for i in range(4)]
 QUESTION = "What does it eat?"
@@ -37,13 +38,7 @@ Refined = Callable[[str, str], tuple[str, ProgramState]]
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, LocalServer]]:
     """One that works ahead, beside a decode too; one that does so for constant text only, and one not at all."""
-    common = {
-        "model": "macaw-demo",
-        "load_format": "dummy",
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "ahead_rows": 32,
-    }
+    common = {**NOISE, "dtype": "float32", "max_model_len": 2048, "ahead_rows": 32}
     with (
         LocalServer(**common, prefill_ahead=False) as off,
         LocalServer(**common, pipelining=False) as constant,

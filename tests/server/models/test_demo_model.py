@@ -156,5 +156,5 @@ def test_it_combines_summaries(client: OpenAI) -> None:
         notes = [make_note(rng) for _ in range(8)]
         bullets = "\n".join(f"- {note.summary}" for note in notes)
         answer = ask(client, f"Combine these summaries into one:\n\n{bullets}")
-        right += answer.startswith(combine(notes[:3] + [notes[0]]).partition(" and other things")[0])
+        right += answer.startswith(combine([*notes[:3], notes[0]]).partition(" and other things")[0])
     assert right >= 0.7 * len(UNSEEN)
