@@ -483,8 +483,7 @@ class Program:
             raise InvalidProgramError(f"Program {self.id!r} has ended ({self.status}) and {what}. Post a new program.")
 
     def _heap_entry(self, call_id: str) -> tuple[CallClass, int, str]:
-        node = self.calls[call_id]
-        return node.call_class, node.index, call_id
+        return (node := self.calls[call_id]).call_class, node.index, call_id
 
     def _targets(self) -> dict[str, None]:
         return dict.fromkeys(target.variable for target in self._graph.targets)
