@@ -106,6 +106,9 @@ def test_commands(page: str) -> None:
         match line.split():
             case ["macaw", word, *_] if word != "demo":  # which loads LangChain, and has one flag
                 assert_flags(line)
+            case ["python", "-m", module, *_]:
+                source = (ROOT / "server" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+                assert all(f" {flag[2:]}: Annotated[" in source for flag in flags(line)), line
             case ["python", script, *_]:
                 source = (ROOT / script).read_text(encoding="utf-8")
                 assert all(f'"{flag}"' in source for flag in flags(line)), line

@@ -76,7 +76,7 @@ def test_start_up_output_and_sigterm_lets_programs_end() -> None:
             "float32 on cpu",
             "2,048 tokens",
             "pages of 16 tokens, 64 MiB",
-            "noise",
+            "summarises short notes",
             url,
         ):
             assert words in text, text

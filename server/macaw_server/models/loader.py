@@ -161,7 +161,7 @@ def load_model(
             return shard(model, distributed).eval()
         return model.to(device).eval()  # type: ignore[no-any-return]
     files = [f for pattern in ("*.safetensors", "*.bin") for f in Path(resolve(config)).glob(pattern)]
-    size = f" ({sum(f.stat().st_size for f in files) / 1e9:.1f} GB)" if files else ""
+    size = f" ({sum(f.stat().st_size for f in files) / 1e6:,.0f} MB)" if files else ""
     progress(f"reading the weights of {config.model}{size}")
     try:
         with _constructing:

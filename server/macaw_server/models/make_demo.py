@@ -1,6 +1,6 @@
 """Makes the weights of `macaw-demo`: ``python -m macaw_server.models.make_demo OUT [--steps N]``.
 
-A Llama of 2.4 million parameters learns to summarise and to answer from the chats of `demo_text`, on one CPU core, in
+A Llama of 2.0 million parameters learns to summarise and to answer from the chats of `demo_text`, on one CPU core, in
 about half an hour; before that, its tokenizer is made from them. Config and chat template are those in `models/demo/`.
 Each step's data comes from its number, so that a run that was interrupted goes on from its last
 checkpoint in OUT to the same weights. On the same kind of CPU and version of torch the run is deterministic: the hash
@@ -148,7 +148,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     )
     fast.chat_template = (DEMO_FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
     fast.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _pad(rows: list[Row]) -> Batch:

@@ -61,8 +61,8 @@ def test_summaries_of_several_notes() -> None:
 def test_chats_can_be_rendered_and_do_not_change() -> None:
     words = [" one", " two", " three"]
     for seed in range(300):
-        chat = make_chat(random.Random(seed), words)
-        assert chat == make_chat(random.Random(seed), words)
+        chat = make_chat(random.Random(seed), words, 0.1)
+        assert chat == make_chat(random.Random(seed), words, 0.1)
         roles = [message["role"] for message in chat if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(message["content"].strip() for message in chat)
