@@ -22,6 +22,7 @@ from macaw_server.traces.lines import Totals
 from macaw_server.traces.record import RecordOptions, record
 from macaw_server.traces.replay import ReplayOptions, replay
 from macaw_server.workloads import ProgramSpec, read_trace
+from noise import NOISE
 
 OPTIONS: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 PAGE = 16
@@ -135,7 +136,7 @@ def test_the_trace_has_what_ran(recorded: tuple[Path, Totals]) -> None:
 def test_it_runs_again(local_server: LocalServer, recorded: tuple[Path, Totals], way: Way) -> None:
     path, totals = recorded
     result = replay(
-        ReplayOptions(path, local_server.url, TENANTS, way, speed=2.0, model=None, seed=uuid4().int % 2**31)
+        ReplayOptions(path, local_server.url, TENANTS, way, speed=2.0, model=NOISE["model"], seed=uuid4().int % 2**31)
     )
     assert not result.failures
     prompt_tokens, cached_tokens, output_tokens = result.seen

@@ -96,7 +96,8 @@ def replay(options: ReplayOptions) -> Replay:
     specs = [_faster(spec, options.speed) for spec in read_trace(options.file)]
     url = options.url.rstrip("/").removesuffix("/v1")
     served = _served_model(url, next(iter(options.api_keys), None))
-    tokenizer = load_tokenizer(EngineConfig(model=options.model or served))
+    # The weights are not read.
+    tokenizer = load_tokenizer(EngineConfig(model=options.model or served, load_format="dummy"))
     texts = Texts(tokenizer, options.seed)
     overhead = prompt_overhead(texts, tokenizer)
     keys: Sequence[str | None] = options.api_keys or [None]
