@@ -134,6 +134,10 @@ def run_demo(name: str, text: str, console: Console) -> list[Result]:
     _report(results, console)
     if len({result.answer for result in results}) > 1:
         raise DemoError("The answers do not agree:\n" + "\n".join(f"{r.way.name}: {r.answer!r}" for r in results))
+    if (program := results[1].program) is not None:
+        console.print("Three of the summaries:")
+        for call in program.calls[:3]:
+            console.print(escape(f"- {program.variables[call.output]}"))
     console.print(f"The {len(results)} answers agree:\n{escape(results[0].answer)}")
     return results
 

@@ -154,19 +154,20 @@ _CHAT = (
 NOT_SAID = "The text does not say."
 
 
-def make_chat(rng: random.Random, words: list[str], copied: float) -> list[Message]:
+def make_chat(rng: random.Random, words: list[str], copied: float, combined: float = 0.18) -> list[Message]:
     """A chat; what the assistant says in it is to be learnt.
 
     Args:
         rng: Decides everything.
         words: Make text of an unknown kind.
         copied: The share of chats that ask for a copy, from which looking things up is learnt soonest.
+        combined: Weight of chats that combine summaries, beside 0.82 of all other kinds.
     """
     system = rng.sample(SYSTEM, rng.choice((0, 0, 1, 1, 2, 4, 8)))
     others = 1 - copied
     task = rng.choices(
         (_copy, _summarise, _combine, _ask, _refine, _unknown, _small_talk),
-        [copied, *(others * share for share in (0.35, 0.18, 0.30, 0.05, 0.10, 0.02))],
+        [copied, *(others * share for share in (0.35, combined, 0.30, 0.05, 0.10, 0.02))],
     )[0]
     turns = task(rng, words)
     messages = [{"role": "system", "content": " ".join(system)}] if system else []

@@ -1,7 +1,7 @@
 """Makes the weights of `macaw-demo`: ``python -m macaw_server.models.make_demo OUT [--steps N]``.
 
 A Llama of 2.0 million parameters learns to summarise and to answer from the chats of `demo_text`, on one CPU core, in
-about half an hour; before that, its tokenizer is made from them. Config and chat template are those in `models/demo/`.
+about 40 minutes; before that, its tokenizer is made from them. Config and chat template are those in `models/demo/`.
 Each step's data comes from its number, so that a run that was interrupted goes on from its last
 checkpoint in OUT to the same weights. On the same kind of CPU and version of torch the run is deterministic: the hash
 of the weights is in docs/demo-model.md.
@@ -40,20 +40,28 @@ CHECKPOINT_STEPS = 250
 
 
 class Stage(NamedTuple):
-    """What is learnt up to a pool: copying first, then short chats, then all of them.
+    """What is learnt up to a step: copying first, then short chats, then all of them, then mostly what is hardest.
 
     Attributes:
-        end: The first pool of the next stage.
+        end: The first step of the next stage.
         copied: Share of chats that ask for a copy.
         longest: Chat, in tokens.
+        combined: Weight of chats that combine summaries.
     """
 
     end: float
     copied: float
     longest: float
+    combined: float = 0.18
 
 
-STAGES = (Stage(50, 0.6, 120), Stage(110, 0.2, 120), Stage(math.inf, 0.1, math.inf))
+LEARNT_STEPS = 4000  # then the learning rate is at 0, and once more half as high for what is hardest
+STAGES = (
+    Stage(800, 0.6, 120),
+    Stage(1760, 0.2, 120),
+    Stage(LEARNT_STEPS, 0.1, math.inf),
+    Stage(math.inf, 0.05, math.inf, combined=1.0),
+)
 Row = tuple[list[int], list[float]]  # token ids of a chat, and their weights in the loss
 
 
@@ -83,14 +91,14 @@ class Lessons:
         """The batch of `step`: chats are drawn by the pool, sorted by length so that little is padded."""
         pool, place = divmod(step, POOL_BATCHES)
         if self._pool[0] != pool:
-            stage = next(stage for stage in STAGES if pool < stage.end)
+            stage = next(stage for stage in STAGES if step < stage.end)
             self._pool = pool, self._make_pool(random.Random(pool), stage)
         return self._pool[1][place]
 
     def _make_pool(self, rng: random.Random, stage: Stage) -> list[Batch]:
         rows, num_tokens = [], 0
         while num_tokens < POOL_BATCHES * BATCH_TOKENS:
-            row = self._row(rng, stage.copied)
+            row = self._row(rng, stage)
             if len(row[0]) <= stage.longest:
                 rows.append(row)
                 num_tokens += len(row[0])
@@ -106,9 +114,9 @@ class Lessons:
         rng.shuffle(batches)
         return batches
 
-    def _row(self, rng: random.Random, copied: float) -> Row:
+    def _row(self, rng: random.Random, stage: Stage) -> Row:
         """A chat, up to its last answer."""
-        chat = make_chat(rng, self._words, copied)
+        chat = make_chat(rng, self._words, stage.copied, stage.combined)
         ids, weights, done = [], [], 0
         for i in range(1, len(chat)):
             if chat[i]["role"] == "assistant":
@@ -164,8 +172,10 @@ def _pad(rows: list[Row]) -> Batch:
 
 
 def rate(step: int, num_steps: int) -> float:
-    """The share of the peak learning rate: up over the first steps, level, down to nothing over the last 60%."""
-    return min((step + 1) / WARM_UP_STEPS, 1.0, (num_steps - step) / (0.6 * num_steps))
+    """The share of the peak learning rate: up, level, down to nothing; and once more from half of it."""
+    if step < LEARNT_STEPS:
+        return min((step + 1) / WARM_UP_STEPS, 1.0, (LEARNT_STEPS - step) / (0.6 * LEARNT_STEPS))
+    return 0.5 * (num_steps - step) / (num_steps - LEARNT_STEPS)
 
 
 def _attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -254,7 +264,7 @@ def train(out: Path, num_steps: int) -> str:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and, in the end, the model.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 5400,
 ) -> None:
     """Train macaw-demo."""
     typer.echo(f"model.safetensors: sha256 {train(out, steps)}")
