@@ -122,7 +122,7 @@ def test_commands(page: str) -> None:
 
 @pytest.mark.parametrize("extra", ["", "--repeat 1 --ablate all -- --engines 2"])
 def test_make_bench_runs_a_command_that_is_there(extra: str) -> None:
-    make = ["make", "--dry-run", "--old-file=.venv/.installed", "bench", f"BENCH={extra}"]
+    make = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", "bench", f"BENCH={extra}"]
     (command,) = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     assert command.startswith(".venv/bin/macaw bench all --")
     assert command.endswith(f" {extra}")
