@@ -15,15 +15,15 @@ from macaw_server.serve import LocalServer
 from noise import NOISE
 
 RULES = "These are the rules that all calls of this program begin with, so that they are worth keeping. " * 6
-COMMON: dict[str, Any] = {**NOISE, "dtype": "float32", "max_model_len": 1024, "kv_memory": "16MiB"}
+COMMON: dict[str, Any] = {**NOISE, "dtype": "float32", "max_model_len": 2048, "kv_memory": "16MiB"}
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
 def review(num_parts: int) -> ProgramRequest:
-    """Calls behind one text at once, and one that reads their answers behind it."""
+    """Calls behind one text at once, long enough to work ahead beside them, and one that reads their answers behind it."""
     b = ProgramBuilder()
     parts = [
-        b.chat(f"Read part {i}.", name=f"part-{i}", system=RULES, max_tokens=40, **GREEDY) for i in range(num_parts)
+        b.chat(f"Read part {i}.", name=f"part-{i}", system=RULES, max_tokens=160, **GREEDY) for i in range(num_parts)
     ]
     b.target(b.chat("All of this:", *parts, name="whole", system=RULES, max_tokens=20, **GREEDY))
     return b.build()
