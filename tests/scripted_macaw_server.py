@@ -47,7 +47,6 @@ from macaw.protocol import (
     ProgramFailed,
     ProgramGrowth,
     ProgramRequest,
-    ProgramState,
     TextPart,
     Totals,
     VariableResolved,
@@ -266,20 +265,7 @@ class ScriptedServer:
             return failure(InvalidProgramError(f"Program {program_id!r} has ended."))
         self.recorder.growths.append(growth)
         self.growing[program_id].put_nowait(growth)
-        state = ProgramState(
-            id=program_id,
-            status="running",
-            model="m",
-            calls=[],
-            transforms=[],
-            targets=[],
-            variables={},
-            critical_path=[],
-            totals=Totals(),
-            duration_ms=1.0,
-            metadata={},
-        )
-        return JSONResponse(state.model_dump(mode="json"))
+        return Response(status_code=204)
 
     async def cancel(self, request: Request) -> Response:
         self.stop(request.path_params["id"])

@@ -93,10 +93,10 @@ def list_programs() -> Operation[list[ProgramState]]:
     return Operation("GET", "/v1/programs", lambda body: ProgramList.model_validate_json(body).data)
 
 
-def grow(program_id: str, growth: ProgramGrowth) -> Operation[ProgramState]:
+def grow(program_id: str, growth: ProgramGrowth) -> Operation[None]:
     """``POST /v1/programs/{id}/calls``."""
     path = f"{_program_path(program_id)}/calls"
-    return Operation("POST", path, ProgramState.model_validate_json, _json(growth))
+    return Operation("POST", path, _no_content, _json(growth))
 
 
 def set_variable(program_id: str, name: str, value: str) -> Operation[None]:

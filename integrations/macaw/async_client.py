@@ -65,9 +65,9 @@ class AsyncMacawClient:
         """This API key's programs that the server still remembers."""
         return await self._send(_transport.list_programs())
 
-    async def grow(self, program_id: str, growth: ProgramGrowth) -> ProgramState:
+    async def grow(self, program_id: str, growth: ProgramGrowth) -> None:
         """Add to the graph of a program that was posted with `open`, or close it."""
-        return await self._send(_transport.grow(program_id, growth))
+        await self._send(_transport.grow(program_id, growth))
 
     async def set_variable(self, program_id: str, name: str, value: str) -> None:
         """Give an external variable its value."""

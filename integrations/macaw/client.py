@@ -79,9 +79,9 @@ class MacawClient:
         """This API key's programs that the server still remembers."""
         return self._send(_transport.list_programs())
 
-    def grow(self, program_id: str, growth: ProgramGrowth) -> ProgramState:
+    def grow(self, program_id: str, growth: ProgramGrowth) -> None:
         """Add to the graph of a program that was posted with `open`, or close it."""
-        return self._send(_transport.grow(program_id, growth))
+        self._send(_transport.grow(program_id, growth))
 
     def set_variable(self, program_id: str, name: str, value: str) -> None:
         """Give an external variable its value."""

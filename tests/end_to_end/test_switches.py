@@ -20,7 +20,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
 def review(num_parts: int) -> ProgramRequest:
-    """Calls behind one text at once, long enough to work ahead beside them, and one that reads their answers behind it."""
+    """Calls behind one text at once, long enough to work ahead beside them, and one behind it that reads them."""
     b = ProgramBuilder()
     parts = [
         b.chat(f"Read part {i}.", name=f"part-{i}", system=RULES, max_tokens=160, **GREEDY) for i in range(num_parts)

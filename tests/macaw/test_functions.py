@@ -74,7 +74,7 @@ def test_stricter_wish_is_told_and_a_looser_one_is_not(server, session):
     server.answer_events(*POST, held, then="hold")
     first, second, third = review("a"), review("b"), review("c")
     first.get("throughput")
-    server.answer("POST", "/v1/programs/p1/calls", {})  # not a state: the driver fails nothing but what it sent
+    server.answer("POST", "/v1/programs/p1/calls", {})
     second._ask("throughput", None)
     third._ask("latency", None)
     session._submit(asyncio.sleep(0)).result()

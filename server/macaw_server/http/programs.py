@@ -73,7 +73,7 @@ class ProgramEndpoints:
         run = self._service.get(tenant, request.path_params["id"])
         growth = parse_growth(await read_json(request, self._config.max_body_bytes))
         await self._service.grow(run, growth)
-        return _json(run.state)
+        return Response(status_code=HTTPStatus.NO_CONTENT)
 
     async def set_variable(self, request: Request, tenant: Tenant) -> Response:
         """Set an external variable."""

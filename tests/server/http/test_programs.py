@@ -89,7 +89,9 @@ async def test_growing_by_answers_and_client_steps(api):
             "calls": [call("judge", "$draft.out", "? ", "$step/1")],
             "targets": [{"variable": "judge.out"}],
         }
-        state = await api.post(f"/v1/programs/{program_id}/calls", growth)
+        grown = await api.post(f"/v1/programs/{program_id}/calls", growth)
+        assert (grown.status_code, grown.content) == (204, b"")
+        state = await api.http.get(f"/v1/programs/{program_id}")
         assert [c["id"] for c in state.json()["calls"]] == ["draft", "judge"]
         path = f"/v1/programs/{program_id}/variables"
         missing = await api.http.put(f"{path}/nope", json={"value": "yes"})
@@ -98,7 +100,7 @@ async def test_growing_by_answers_and_client_steps(api):
         assert (await api.http.put(f"{path}/step%2F1", json={"value": "yes"})).status_code == 204
         changed = await api.http.put(f"{path}/step%2F1", json={"value": "no"})
         assert changed.json()["error"]["code"] == "invalid_program"
-        assert (await api.post(f"/v1/programs/{program_id}/calls", {"close": True})).status_code == 200
+        assert (await api.post(f"/v1/programs/{program_id}/calls", {"close": True})).status_code == 204
         events = sse((await task).text)
     assert events[-1][2]["variables"] == {"judge.out": "agreed"}
     assert api.engine.prompts()[-1] == chat_prompt("a draft? yes")
