@@ -1,11 +1,13 @@
 """LlamaIndex, plain against compiled, on the same engine and in alternation.
 
-    python tests/bench/llamaindex.py [--model macaw-demo] [--parts tree questions refine] [--rounds 7]
+    python tests/bench/llamaindex.py [--model macaw-demo] [--parts tree extractors questions refine] [--rounds 7]
 
-*tree* is `.query()` of tree_summarize over a text that makes 16 leaves; *questions* asks four questions over the same
-chunks; *refine* asks chunk after chunk, where what counts is how long a later call waits for its first token: plain,
-compiled for a server that does not work ahead (`--off`), and compiled for one that does (`--on`), with a template that
-has the context before the earlier answer (LlamaIndex's for chats) and one that has it behind (its for completions).
+*tree* is `.query()` of tree_summarize over a text that makes 16 leaves; *extractors* sends 16 nodes through a
+`KeywordExtractor`, and the nodes of four documents through a `TitleExtractor`; *questions* asks four questions over the
+same chunks; *refine* asks chunk after chunk, where what counts is how long a later call waits for its first token:
+plain, compiled for a server that does not work ahead (`--off`), and compiled for one that does (`--on`), with a
+template that has the context before the earlier answer (LlamaIndex's for chats) and one that has it behind (its for
+completions).
 
 All answers are compared (greedy): in float32 they must be equal; in bfloat16, where the rows of a step may round
 differently, it is told how many rounds were. Every round has a new text, and each side an API key or a server of its
@@ -15,6 +17,7 @@ own, so that none finds another's in the cache.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import statistics
 import time
@@ -25,6 +28,7 @@ from typing import Any
 
 import httpx
 from llama_index.core import PromptTemplate
+from llama_index.core.extractors import BaseExtractor, KeywordExtractor, TitleExtractor
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import (
@@ -38,7 +42,7 @@ from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode, get_response_synthesizer
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 from llama_index_instrumentation import root_dispatcher
 from pydantic import PrivateAttr
 
@@ -50,7 +54,8 @@ from macaw_server.bench.server import started
 
 CHUNK_TOKENS = 300  # as LlamaIndex counts; it overlaps them by a tenth
 LEAVES = 16
-PARTS = ("tree", "questions", "refine")
+DOCUMENTS = 4  # whose nodes the leaves are, for extractors
+PARTS = ("tree", "extractors", "questions", "refine")
 KEYS = ("plain", "compiled")
 QUESTIONS = [f"What does the text say of {topic}?" for topic in ("pages", "tokens", "steps", "clients")]
 REFINE_TEMPLATES = {"context, then answer": CHAT_REFINE_PROMPT, "answer, then context": DEFAULT_REFINE_PROMPT}
@@ -114,13 +119,25 @@ class Side:
         engine = RetrieverQueryEngine(Words(seed, num_chunks), synthesizer)
         return compile(engine) if self.compiled else engine
 
-    def run(self, engine: RetrieverQueryEngine, questions: list[str]) -> Result:
+    def query(self, engine: RetrieverQueryEngine, questions: list[str]) -> Result:
         """Ask one after the other."""
+        return self.run(lambda: [str(engine.query(question)) for question in questions])
+
+    def extract(self, extractor: BaseExtractor, seed: int) -> Result:
+        """The metadata of the nodes of `DOCUMENTS`."""
+        nodes = Words(seed, LEAVES).nodes
+        for i, node in enumerate(nodes):
+            node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"document {i % DOCUMENTS}")
+        extractor = compile(extractor) if self.compiled else extractor
+        return self.run(lambda: [str(metadata) for metadata in asyncio.run(extractor.aextract(nodes))])
+
+    def run(self, work: Callable[[], list[str]]) -> Result:
+        """What it answers, and what it takes."""
         before = {program.id for program in self.observer.list_programs()}
         requests, first_tokens = self.network.num_requests, FirstTokens()
         root_dispatcher.add_event_handler(first_tokens)
         begin = time.perf_counter()
-        answers = [str(engine.query(question)) for question in questions]
+        answers = work()
         seconds = time.perf_counter() - begin
         root_dispatcher.event_handlers.remove(first_tokens)
         programs = [program for program in self.observer.list_programs() if program.id not in before]
@@ -180,20 +197,38 @@ def alternate(
     return results, num_equal
 
 
-def tree(sides: list[Side], rounds: int) -> None:
-    """Sixteen leaves and the root."""
-    (plain, compiled), _ = alternate(  # and the root
-        sides,
-        rounds,
-        lambda side, seed: side.run(side.engine("tree_summarize", seed, LEAVES), QUESTIONS[:1]),
-        LEAVES + 1,
-    )
+def ratio(name: str, sides: list[Side], rounds: int, run: Callable[[Side, int], Result], num_calls: int) -> None:
+    """How much faster the compiled side is."""
+    (plain, compiled), _ = alternate(sides, rounds, run, num_calls)
     ratios = [p.seconds / c.seconds for p, c in zip(plain, compiled, strict=True)]
     medians = [statistics.median(result.seconds for result in side) for side in (plain, compiled)]
     print(
-        f"tree: {LEAVES} leaves; plain {medians[0]:.3f} s, compiled {medians[1]:.3f} s, "
-        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{name}: {num_calls} calls; plain {medians[0]:.3f} s, compiled {medians[1]:.3f} s, "
+        f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
     )
+
+
+def tree(sides: list[Side], rounds: int) -> None:
+    """Sixteen leaves and the root."""
+
+    def run(side: Side, seed: int) -> Result:
+        return side.query(side.engine("tree_summarize", seed, LEAVES), QUESTIONS[:1])
+
+    ratio("tree", sides, rounds, run, LEAVES + 1)
+
+
+def extractors(sides: list[Side], rounds: int) -> None:
+    """A call for each node; and one for each node and each document."""
+
+    def keywords(side: Side, seed: int) -> Result:
+        return side.extract(KeywordExtractor(llm=side.llm, show_progress=False), 200 + seed)
+
+    def titles(side: Side, seed: int) -> Result:
+        return side.extract(TitleExtractor(llm=side.llm, nodes=LEAVES // DOCUMENTS, show_progress=False), 300 + seed)
+
+    ratio("KeywordExtractor", sides, rounds, keywords, LEAVES)
+    ratio("TitleExtractor", sides, rounds, titles, LEAVES + DOCUMENTS)
 
 
 def refine(sides: list[Side], rounds: int, num_chunks: int, order: str, *, exact: bool) -> None:
@@ -202,7 +237,7 @@ def refine(sides: list[Side], rounds: int, num_chunks: int, order: str, *, exact
     def run(side: Side, seed: int) -> Result:
         seed += 100 * list(REFINE_TEMPLATES).index(order)  # nothing is cached from the other order
         engine = side.engine("refine", seed, num_chunks, streaming=True, refine_template=REFINE_TEMPLATES[order])
-        return side.run(engine, QUESTIONS[:1])
+        return side.query(engine, QUESTIONS[:1])
 
     by_side, num_equal = alternate(sides, rounds, run, num_chunks, exact=exact)
     print(f"refine: {num_chunks} calls; {order}; all answered the same in {num_equal} of {rounds} rounds")
@@ -239,7 +274,7 @@ def questions(side: Side, rounds: int, num_chunks: int) -> None:
             engine = side.engine(
                 "accumulate", 1000 + seed, num_chunks, text_qa_template=PromptTemplate(f"{name} {seed}. {template}")
             )
-            computed.append(side.run(engine, QUESTIONS).computed_tokens)
+            computed.append(side.query(engine, QUESTIONS).computed_tokens)
         print(
             f"questions: {len(QUESTIONS)} over {num_chunks} chunks, {name}: {statistics.median(computed):.0%} computed"
         )
@@ -253,7 +288,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round-trip-ms", type=float, default=50)
     parser.add_argument("--chunks", type=int, default=6, help="of refine and questions")
-    parser.add_argument("--max-tokens", type=int, default=6, help="of an answer of tree and questions")
+    parser.add_argument("--max-tokens", type=int, default=6, help="of an answer of all but refine")
     parser.add_argument("--refine-tokens", type=int, default=48, help="of an answer of refine")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--orders", nargs="+", choices=REFINE_TEMPLATES, default=list(REFINE_TEMPLATES))
@@ -273,12 +308,14 @@ def main() -> None:
         llm = Macaw(api_base=url, api_key=key, **options)
         return Side(name, key == "compiled", llm, network, MacawClient(url, key))
 
-    if {"tree", "questions"} & {*args.parts}:
+    if {"tree", "extractors", "questions"} & {*args.parts}:
         with ExitStack() as stack:
             url = serve(stack, [])
             sides = [side(url, name, args.max_tokens) for name in KEYS]
             if "tree" in args.parts:
                 tree(sides, args.rounds)
+            if "extractors" in args.parts:
+                extractors(sides, args.rounds)
             if "questions" in args.parts:
                 questions(sides[1], args.rounds, args.chunks)
     if "refine" in args.parts:

@@ -34,6 +34,7 @@ from macaw_server.workloads import ProgramSpec, WorkloadOptions, make_workload
 
 NUM_CHECKED = 3
 """Programs whose answers are compared before anything is timed."""
+_CHECKED_GAP_S = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,9 @@ class Case(NamedTuple):
 
 
 def run(options: BenchOptions, console: Console) -> WorkloadReport:
-    """Start a server for each side, then run every case on all of them in alternation.
+    """Start a server for each side, run every case on all of them in turn, and begin again in the next round.
+
+    Servers are new in every round: two of one kind differ by up to 10% for as long as they live.
 
     Raises:
         BenchError: Options that contradict each other, a failed request, or answers that differ.
@@ -107,14 +110,18 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             f"Searching the rates that {len(sides)} sides sustain, {options.num_rounds} times, in {len(cases)} "
             f"case{'s'[: len(cases) > 1]}: it takes {minutes:.0f} min at most, and half of that as a rule."
         )
-    with ExitStack() as stack, _progress(console, timed=search is not None) as progress:
-        bar = progress.add_task("", total=len(sides) * (_seconds(options) * len(cases) if search else len(keys)))
-        servers = {}
-        for side in sides:
-            progress.update(bar, description=f"starting: {side.name}")
-            flags = [*options.serve_flags, *side.flags, *(f"--api-key={key}" for key in keys.values())]
-            url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
-            servers[side] = (url, _model(url, next(iter(keys.values()))))
+    with _progress(console, timed=search is not None) as progress:
+        total = _seconds(options) * len(cases) if search else 2 * options.num_rounds * len(cases)
+        bar = progress.add_task("", total=len(sides) * total)
+        servers: dict[Side, tuple[str, _Model]] = {}
+
+        def start(stack: ExitStack, i: int) -> None:
+            """Servers for all sides, the first of them another one in every round, until the stack is left."""
+            for side in _rotated(sides, i):
+                progress.update(bar, description=f"starting: {side.name}")
+                flags = [*options.serve_flags, *side.flags, *(f"--api-key={key}" for key in keys.values())]
+                url = side.url or stack.enter_context(started(options.model, options.dtype, flags))
+                servers[side] = (url, _model(url, next(iter(keys.values()))))
 
         def client(side: Side, case: Case, i: int) -> WorkloadClient:
             url, model = servers[side]
@@ -128,7 +135,14 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             return result
 
         if search is None:
-            results = [_run_case(case, sides, options, on_side) for case in cases]
+            rounds: dict[Case, dict[str, list[Run]]] = {case: {side.name: [] for side in sides} for case in cases}
+            for i in range(options.num_rounds):
+                with ExitStack() as stack:
+                    start(stack, i)
+                    for case, by_side in rounds.items():
+                        for side, result in _run_round(case, i, sides, options, on_side).items():
+                            by_side[side.name].append(result)
+            results = [_case_result(case, sides, by_side) for case, by_side in rounds.items()]
             return WorkloadReport(results, facts, options.slo_token_ms)
 
         def try_rate(side: Side, case: Case, rate: float, i: int, number: int) -> Probe:
@@ -137,12 +151,12 @@ def run(options: BenchOptions, console: Console) -> WorkloadReport:
             programs = [_faster(spec, options.speed) for spec in programs]
             return asyncio.run(_probe(client(side, case, -1), programs, rate, search))
 
-        return WorkloadReport(
-            [],
-            facts,
-            options.slo_token_ms,
-            [_search_case(case, sides, options, on_side, try_rate, partial(progress.advance, bar)) for case in cases],
-        )
+        with ExitStack() as stack:
+            start(stack, 0)
+            found = [
+                _search_case(case, sides, options, on_side, try_rate, partial(progress.advance, bar)) for case in cases
+            ]
+        return WorkloadReport([], facts, options.slo_token_ms, found)
 
 
 def _search_case(
@@ -192,26 +206,35 @@ def _check(
     return checked, equal
 
 
-def _run_case(
+def _run_round(
     case: Case,
+    i: int,
     sides: Sequence[Side],
     options: BenchOptions,
     on_side: Callable[[Side, Case, int, list[ProgramSpec]], Run],
-) -> CaseResult:
-    """A few programs to warm up and to compare the answers, then all rounds."""
+) -> dict[Side, Run]:
+    """A few programs to warm up and to compare the answers, then all of them; who goes first changes by round."""
     programs = [
         _faster(spec, options.speed) for spec in make_workload(case.workload, replace(options.options, rate=case.rate))
     ]
-    _check(case, sides, options, on_side, [replace(spec, arrival_s=0.0) for spec in programs[:NUM_CHECKED]])
-    own = [side for side in sides if side.url is None]
-    rounds: dict[str, list[Run]] = {side.name: [] for side in sides}
-    for i in range(options.num_rounds):
-        # Who goes first changes from round to round.
-        for side in [*sides[i % len(sides) :], *sides[: i % len(sides)]]:
-            rounds[side.name].append(on_side(side, case, i, programs))
-    every = [[rounds[side.name][i] for side in own] for i in range(options.num_rounds)]
-    equal = statistics.fmean(map(_share_equal, every))
+    _check(case, sides, options, on_side, [_at_once(spec) for spec in programs[:NUM_CHECKED]])
+    return {side: on_side(side, case, i, programs) for side in _rotated(sides, i)}
+
+
+def _case_result(case: Case, sides: Sequence[Side], rounds: dict[str, list[Run]]) -> CaseResult:
+    own = [rounds[side.name] for side in sides if side.url is None]
+    equal = statistics.fmean(_share_equal(runs) for runs in zip(*own, strict=True))
     return CaseResult(case.workload, case.name, rounds, equal, case.series, case.rate)
+
+
+def _at_once(spec: ProgramSpec) -> ProgramSpec:
+    """Without waiting for arrivals, and hardly for tools."""
+    calls = tuple(replace(call, gap_s=min(call.gap_s, _CHECKED_GAP_S)) for call in spec.calls)
+    return replace(spec, arrival_s=0.0, calls=calls)
+
+
+def _rotated(sides: Sequence[Side], i: int) -> list[Side]:
+    return [*sides[i % len(sides) :], *sides[: i % len(sides)]]
 
 
 def _faster(spec: ProgramSpec, speed: float) -> ProgramSpec:
