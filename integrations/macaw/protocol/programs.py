@@ -150,6 +150,7 @@ class ProgramRequest(WireModel):
         transforms: Server-side text functions.
         targets: What the application waits for.
         stream: Answer with server-sent events rather than once at the end.
+        deltas: Whose answers come piece by piece: of all calls, of those whose output is a target, or of none.
         open: Stay alive after the targets are resolved, until a growth says `close`.
         detached: Keep running when the client's stream breaks.
         max_concurrency: At most so many calls of this program run at once.
@@ -163,6 +164,7 @@ class ProgramRequest(WireModel):
     transforms: list[Transform] = Field(default_factory=list)
     targets: list[Target] = Field(default_factory=list)
     stream: bool = False
+    deltas: Literal["all", "targets", "none"] = "all"
     open: bool = False
     detached: bool = False
     max_concurrency: Annotated[int, Field(ge=1)] | None = None

@@ -60,6 +60,10 @@ class Graph:
             self._add(step_id, step)
         return list(new.steps)
 
+    def is_target(self, name: str) -> bool:
+        """Whether the application waits for a variable."""
+        return any(target.variable == name for target in self.targets)
+
     def feeders_of(self, step_id: str) -> list[str]:
         """The calls that a step reads from, directly or through transforms."""
         return list(dict.fromkeys(call for name in self.inputs[step_id] for call in self.feeders[name]))

@@ -99,10 +99,7 @@ class Program:
         self._ended_ms: float | None = None
 
         first = ProgramGrowth(
-            variables=request.variables,
-            calls=request.calls,
-            transforms=request.transforms,
-            targets=request.targets,
+            variables=request.variables, calls=request.calls, transforms=request.transforms, targets=request.targets
         )
         new = self._graph.extend(first, closed=not request.open, plain=plain)
         self._emit(ProgramCreated(program_id=program_id))
@@ -314,13 +311,15 @@ class Program:
         return [self._emit(started)]
 
     def call_delta(self, call_id: str, chunk: dict[str, Any], now_ms: float) -> list[Event]:
-        """A piece of the call's answer: an OpenAI (chat) completion chunk."""
+        """A piece of the call's answer: an OpenAI (chat) completion chunk. An event where the client wants it."""
         node = self.calls[call_id]
         if call_id not in self._running:
             return []
         if node.timings.first_token_ms is None:
             node.timings.first_token_ms = now_ms
-        return [self._emit(CallDelta(call_id=call_id, chunk=chunk))]
+        wanted = self.request.deltas
+        shown = wanted == "all" or (wanted == "targets" and self._graph.is_target(node.call.output))
+        return [self._emit(CallDelta(call_id=call_id, chunk=chunk))] if shown else []
 
     def call_completed(self, call_id: str, completion: dict[str, Any], text: str, now_ms: float) -> list[Event]:
         """The call's whole answer, with usage: `text` resolves its output, and what waited for it goes on."""

@@ -72,6 +72,31 @@ def test_the_life_of_a_map_reduce() -> None:
     assert running.events[0].type == "program.created"
 
 
+@pytest.mark.parametrize(("deltas", "shown"), [("all", {"m0", "reduce"}), ("targets", {"reduce"}), ("none", set())])
+def test_deltas_of_the_calls_that_the_client_shows(deltas: str, shown: set[str]) -> None:
+    running = map_reduce(deltas=deltas)
+    for name in ("m0", "m1", "reduce"):
+        running.take_ready(1.0)
+        running.call_started(name, prompt_tokens=7, cached_tokens=0, now_ms=2.0)
+        if name != "m1":
+            assert kinds(running.call_delta(name, {"n": 1}, 6.0)) == [f"call.delta {name}"] * (name in shown)
+            assert running.calls[name].timings.first_token_ms == 6.0
+        running.call_completed(name, completion("one", 2), "one", 8.0)
+    assert {event.call_id for event in running.events if event.type == "call.delta"} == shown
+    assert running.status == "completed"
+
+
+def test_a_call_that_becomes_a_target_is_shown_from_then_on() -> None:
+    growing = program(call("a"), target="a.out", open=True, deltas="targets")
+    growing.grow(ProgramGrowth(calls=[call("b")]), 0.0)
+    growing.take_ready(1.0)
+    for name in ("a", "b"):
+        growing.call_started(name, prompt_tokens=7, cached_tokens=0, now_ms=2.0)
+    assert kinds(growing.call_delta("b", {}, 3.0)) == []
+    growing.grow(ProgramGrowth(targets=targets("b.out")), 4.0)
+    assert kinds(growing.call_delta("b", {}, 5.0)) == ["call.delta b"]
+
+
 def test_taken_up_again_after_a_preemption_is_no_second_start() -> None:
     running = map_reduce()
     running.take_ready(0.0)

@@ -226,7 +226,7 @@ class WorkloadClient:
         self._add(builder, spec, known)
         outcome.num_requests += 1
         stream = await self._macaw.stream_program(
-            builder.build(open=bool(later), detached=False, metadata={"app": spec.app})
+            builder.build(open=bool(later), deltas="targets", metadata={"app": spec.app})
         )
         done: dict[str, asyncio.Event] = {call.id: asyncio.Event() for call in spec.calls}
         async with asyncio.TaskGroup() as tasks:
