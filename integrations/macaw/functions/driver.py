@@ -198,7 +198,7 @@ class Driver:
         try:
             if live is None:
                 stream = await self._client.stream_program(
-                    part.builder.build(open=True, deltas="none", **self._options)
+                    part.builder.build(open=True, **self._options)
                 )
                 live = self._live = LiveProgram(stream)
                 live.pump = asyncio.create_task(self._follow(live))
