@@ -197,9 +197,7 @@ class Driver:
             return None
         try:
             if live is None:
-                stream = await self._client.stream_program(
-                    part.builder.build(open=True, **self._options)
-                )
+                stream = await self._client.stream_program(part.builder.build(open=True, **self._options))
                 live = self._live = LiveProgram(stream)
                 live.pump = asyncio.create_task(self._follow(live))
                 self.program_id = live.id
