@@ -51,12 +51,14 @@ from llama_index.llms.macaw import Macaw, compile
 from macaw import MacawClient
 from macaw.protocol import CallState, ProgramState
 from macaw_server.bench.server import started
+from macaw_server.bench.workload.clients import RoundTrip as AsyncRoundTrip
 
 CHUNK_TOKENS = 300  # as LlamaIndex counts; it overlaps them by a tenth
 LEAVES = 16
 DOCUMENTS = 4  # whose nodes the leaves are, for extractors
 PARTS = ("tree", "extractors", "questions", "refine")
 KEYS = ("plain", "compiled")
+LOOP = asyncio.new_event_loop()  # one for all rounds, as the connections of an asynchronous client are of one
 QUESTIONS = [f"What does the text say of {topic}?" for topic in ("pages", "tokens", "steps", "clients")]
 REFINE_TEMPLATES = {"context, then answer": CHAT_REFINE_PROMPT, "answer, then context": DEFAULT_REFINE_PROMPT}
 # One token each, as LlamaIndex counts.
@@ -100,7 +102,7 @@ class Side:
     Attributes:
         name: For what is printed.
         llm: The model.
-        network: Between it and the server.
+        network, async_network: Between it and the server.
         observer: Without a network between.
     """
 
@@ -108,7 +110,13 @@ class Side:
     compiled: bool
     llm: Macaw
     network: RoundTrip
+    async_network: AsyncRoundTrip
     observer: MacawClient
+
+    @property
+    def num_requests(self) -> int:
+        """Sent so far."""
+        return self.network.num_requests + self.async_network.num_requests
 
     def engine(self, mode: str, seed: int, num_chunks: int, **kwargs: Any) -> RetrieverQueryEngine:
         """What a user builds, and compiles or not."""
@@ -129,19 +137,19 @@ class Side:
         for i, node in enumerate(nodes):
             node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"document {i % DOCUMENTS}")
         extractor = compile(extractor) if self.compiled else extractor
-        return self.run(lambda: [str(metadata) for metadata in asyncio.run(extractor.aextract(nodes))])
+        return self.run(lambda: [str(metadata) for metadata in LOOP.run_until_complete(extractor.aextract(nodes))])
 
     def run(self, work: Callable[[], list[str]]) -> Result:
         """What it answers, and what it takes."""
         before = {program.id for program in self.observer.list_programs()}
-        requests, first_tokens = self.network.num_requests, FirstTokens()
+        requests, first_tokens = self.num_requests, FirstTokens()
         root_dispatcher.add_event_handler(first_tokens)
         begin = time.perf_counter()
         answers = work()
         seconds = time.perf_counter() - begin
         root_dispatcher.event_handlers.remove(first_tokens)
         programs = [program for program in self.observer.list_programs() if program.id not in before]
-        num_calls = sum(len(p.calls) for p in programs) if self.compiled else self.network.num_requests - requests
+        num_calls = sum(len(p.calls) for p in programs) if self.compiled else self.num_requests - requests
         return Result(answers, seconds, first_tokens._waits, num_calls, programs)
 
 
@@ -302,11 +310,18 @@ def main() -> None:
 
     def side(url: str, name: str, max_tokens: int) -> Side:
         network = RoundTrip(args.round_trip_ms / 1000)
-        http = httpx.Client(transport=network, timeout=600)
-        options = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "http_client": http}
+        async_network = AsyncRoundTrip(args.round_trip_ms / 1000)
+        options = {
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "http_client": httpx.Client(transport=network, timeout=600),
+            "async_http_client": httpx.AsyncClient(transport=async_network, timeout=600),
+        }
         key = name.split(",")[0]
         llm = Macaw(api_base=url, api_key=key, **options)
-        return Side(name, key == "compiled", llm, network, MacawClient(url, key))
+        assert llm.metadata.context_window  # asks the server once, before requests are counted
+        return Side(name, key == "compiled", llm, network, async_network, MacawClient(url, key))
 
     if {"tree", "extractors", "questions"} & {*args.parts}:
         with ExitStack() as stack:
