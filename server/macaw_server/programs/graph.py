@@ -19,6 +19,7 @@ class Graph:
         variables: Those that the client produces.
         steps: By id, producers before consumers. Calls and transforms share one namespace.
         targets: What the application waits for.
+        target_names: Their variables.
         inputs: For every step the variables that it reads, each once.
         producers: For every variable the step that makes it; None for the client's.
         consumers: For every variable the steps that read it.
@@ -32,6 +33,7 @@ class Graph:
     variables: dict[str, Variable] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    target_names: set[str] = field(default_factory=set)
     inputs: dict[str, list[str]] = field(default_factory=dict)
     producers: dict[str, str | None] = field(default_factory=dict)
     consumers: dict[str, list[str]] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class Graph:
         new = check(self, growth, closed=closed, plain=plain)
         self.variables |= growth.variables
         self.targets += growth.targets
+        self.target_names |= {target.variable for target in growth.targets}
         self.producers |= new.producers
         self.functions |= new.functions
         for name in new.producers:
@@ -59,10 +62,6 @@ class Graph:
         for step_id, step in new.steps.items():
             self._add(step_id, step)
         return list(new.steps)
-
-    def is_target(self, name: str) -> bool:
-        """Whether the application waits for a variable."""
-        return any(target.variable == name for target in self.targets)
 
     def feeders_of(self, step_id: str) -> list[str]:
         """The calls that a step reads from, directly or through transforms."""

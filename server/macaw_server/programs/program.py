@@ -318,7 +318,7 @@ class Program:
         if node.timings.first_token_ms is None:
             node.timings.first_token_ms = now_ms
         wanted = self.request.deltas
-        shown = wanted == "all" or (wanted == "targets" and self._graph.is_target(node.call.output))
+        shown = wanted == "all" or (wanted == "targets" and node.call.output in self._graph.target_names)
         return [self._emit(CallDelta(call_id=call_id, chunk=chunk))] if shown else []
 
     def call_completed(self, call_id: str, completion: dict[str, Any], text: str, now_ms: float) -> list[Event]:
