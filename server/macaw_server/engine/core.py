@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -59,6 +60,9 @@ log = logging.getLogger(__name__)
 
 _AHEAD_ROWS = 64
 """`--ahead-rows` of a GPU, and the ridge that is assumed there; on a CPU both are measured."""
+AHEAD_HOLD_S = 0.01
+"""How long an engine waits with steps of nothing but work ahead after it has done other work: a few times what a call
+takes to follow on the answer that it reads, and little of what a tool or a person takes."""
 
 
 class EngineCore:
@@ -143,6 +147,7 @@ class EngineCore:
         self._overlap = ranks is None and (device.type == "cuda" if config.overlap is None else config.overlap)
         self._ahead: Flight | None = None
         self._steps = 0
+        self._worked_s = -math.inf  # when the last step ended that was not for work ahead alone
         self._forward_s = self._overhead_s = 0.0
         self.info = EngineInfo(
             vocab_size=hf.get_text_config().vocab_size,
@@ -155,12 +160,14 @@ class EngineCore:
             dtype=str(dtype).removeprefix("torch."),
             backend=prepared.backend,
             eos_token_ids=loader.eos_token_ids(config, model),
+            ahead_rows=_AHEAD_ROWS if config.ahead_rows is None else config.ahead_rows,
         )
-        self._ahead_rows, self._prefill_ridge = _AHEAD_ROWS, float(_AHEAD_ROWS)
+        self._prefill_ridge = float(_AHEAD_ROWS)
         if device.type == "cpu" and config.ahead_rows is None:
             on_loading("measuring what rows beside a decode cost")
             times = measure_rows(runner, self.info)
-            self._ahead_rows, self._prefill_ridge = free_rows(times), limited(times[1], row_price(times))
+            self._prefill_ridge = limited(times[1], row_price(times))
+            self.info = replace(self.info, ahead_rows=free_rows(times))
         self._ridge: RidgeEstimate | None = None
         if config.speculative_tokens and config.speculative_ridge is None:
             on_loading("measuring what a draft costs")
@@ -190,6 +197,16 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._scheduler.has_work or self._constrained.num_held > 0 or self._ahead is not None
+
+    def hold_s(self) -> float:
+        """Seconds for which the next step may wait for messages; 0 but while all work is ahead of time.
+
+        The calls that follow on what has just ended are on their way then. They begin with what would be computed
+        ahead: in a step of their own prompt it costs less than in one before it, which they would have to wait for.
+        """
+        if not self._scheduler.only_ahead or self._constrained.num_held or self._ahead is not None:
+            return 0.0
+        return max(0.0, self._worked_s + AHEAD_HOLD_S - time.monotonic())
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; the answer, if there is one, is its refusal."""
@@ -227,6 +244,8 @@ class EngineCore:
             return outputs
         self._ahead = self._launch_ahead(flight) if self._overlap else None
         outputs += self._land(flight)
+        if not all(chunk.sequence.is_ahead for chunk in flight.batch.chunks):
+            self._worked_s = time.monotonic()
         self._note_time(flight, time.perf_counter() - begin, self._forward_s - forward_s)
         return outputs
 
@@ -267,7 +286,7 @@ class EngineCore:
             max_draft_tokens=self._config.speculative_tokens,
             latency_slowdown=self._config.latency_slowdown,
             ridge=self.ridge,
-            ahead_rows=self._ahead_rows if self._config.ahead_rows is None else self._config.ahead_rows,
+            ahead_rows=self.info.ahead_rows,
         )
         cache = KVCache(
             self.info.num_pages,

@@ -50,16 +50,25 @@ class EngineGroup:
 
     @property
     def info(self) -> EngineInfo:
-        """Facts of the loaded model, with the pages of all engines together."""
+        """Facts of the loaded model, with the pages and rows of all engines together."""
         infos = [member.info for member in self._members]
-        shortest = min(info.max_model_len for info in infos)
-        return replace(infos[0], num_pages=sum(info.num_pages for info in infos), max_model_len=shortest)
+        return replace(
+            infos[0],
+            num_pages=sum(info.num_pages for info in infos),
+            max_model_len=min(info.max_model_len for info in infos),
+            ahead_rows=sum(info.ahead_rows for info in infos),
+        )
 
     @property
     def status(self) -> Status:
         """Running while one of them is; else that of the one that is best."""
         order: tuple[Status, ...] = ("running", "restarting", "starting", "failed", "stopped")
         return min((member.status for member in self._members), key=order.index)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._placed)
 
     async def start(self) -> None:
         """Load the model in all of them at once; raises `StartupError` if one cannot."""

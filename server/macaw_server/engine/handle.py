@@ -83,6 +83,11 @@ class EngineHandle(ABC):
         """Whether requests are being worked on."""
         return self._status
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._table)
+
     def submit(self, request: EngineRequest, on_output: OnOutput) -> None:
         """Queue a request; while the engine restarts it waits here."""
         self.adopt(Entry(request, on_output))

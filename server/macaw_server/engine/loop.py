@@ -91,7 +91,7 @@ Outbound = Loading | Ready | LoadFailed | Outputs | Stats | Withdrawn
 def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outbound], None]) -> None:
     """Work until a `Stop` arrives; blocks while there is nothing to do."""
     while True:
-        for message in _drain(inbox, wait=not core.has_work):
+        for message in _drain(inbox, core.hold_s() if core.has_work else None):
             match message:
                 case Add(request):
                     refused = core.add(request)
@@ -108,15 +108,18 @@ def run_loop(core: EngineCore, inbox: SimpleQueue[Inbound], send: Callable[[Outb
                     send(Stats(core.stats()))
                 case Stop():
                     return
-        if core.has_work:
+        if core.has_work and not core.hold_s():
             outputs = core.step()
             if outputs:
                 send(Outputs(outputs))
 
 
-def _drain(inbox: SimpleQueue[Inbound], *, wait: bool) -> list[Inbound]:
-    messages = [inbox.get()] if wait else []
+def _drain(inbox: SimpleQueue[Inbound], wait_s: float | None) -> list[Inbound]:
+    """All messages that are there; the first is waited for, without a limit where that is None."""
+    messages: list[Inbound] = []
     try:
+        if wait_s != 0:
+            messages.append(inbox.get(timeout=wait_s))
         while True:
             messages.append(inbox.get_nowait())
     except Empty:

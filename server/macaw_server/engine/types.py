@@ -175,6 +175,7 @@ class EngineInfo:
         dtype: Such as ``bfloat16``.
         backend: What runs the model: the ``native`` CPU decoder, or ``transformers``' modules.
         eos_token_ids: End-of-sequence ids from the model's generation config.
+        ahead_rows: Tokens of a step up to which work ahead of time runs beside other work.
     """
 
     vocab_size: int
@@ -187,6 +188,7 @@ class EngineInfo:
     dtype: str
     backend: str
     eos_token_ids: frozenset[int]
+    ahead_rows: int
 
 
 @dataclass(slots=True)
@@ -234,6 +236,11 @@ class Engine(Protocol):
     @property
     def status(self) -> Literal["starting", "running", "restarting", "failed", "stopped"]:
         """Whether requests are being worked on."""
+        ...
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
         ...
 
     async def start(self) -> None:

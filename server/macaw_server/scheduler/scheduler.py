@@ -101,6 +101,11 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def only_ahead(self) -> bool:
+        """Whether there is work, and all of it is of class AHEAD."""
+        return self.has_work and all(sequence.is_ahead for sequence in self._sequences.values())
+
+    @property
     def sequences(self) -> list[Sequence]:
         """All sequences that have not finished, in order of arrival here."""
         return list(self._sequences.values())

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 from macaw.errors import MacawError
 from macaw.protocol import CallCompleted, CallFailed, Event, VariableResolved
@@ -36,6 +36,8 @@ MIN_NEW_TOKENS = 32
 all looks together take time linear in its length."""
 _GROWTH = 64
 _MIN_SAMPLE_TOKENS = 64
+_RETRY_S = 0.01
+"""How long after a call has ended others hear of the room: the calls that read its answer come first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +77,9 @@ class AheadService:
         self._models = models
         self._requests: dict[tuple[str, str, bytes], AheadRequest] = {}
         self._num_requests = 0
+        self._num_at_work = Counter[str]()
+        self._deferred: dict[str, dict[object, Callable[[], None]]] = {}
+        self._retry: asyncio.TimerHandle | None = None
         self._ms_per_token: deque[float] = deque(maxlen=32)
 
     @property
@@ -85,6 +90,25 @@ class AheadService:
     def find_working(self, name: str | None) -> ServedModel:
         """The model for a call; see `ModelRegistry.find_working`."""
         return self._models.find_working(name)
+
+    def has_room(self, model: ServedModel) -> bool:
+        """Whether the engine would do anything ahead now: beside few calls, or while there is none."""
+        num_calls = model.engine.num_live - self._num_at_work[model.name]
+        return num_calls < max(1, model.engine.info.ahead_rows)
+
+    def defer(self, model: ServedModel, user: object, again: Callable[[], None]) -> None:
+        """Call back once when there is room; who waits already stays where it is."""
+        self._deferred.setdefault(model.name, {})[user] = again
+
+    def forget(self, user: object) -> None:
+        """Do not call back."""
+        for waiting in self._deferred.values():
+            waiting.pop(user, None)
+
+    def on_end(self) -> None:
+        """A call has ended, or what was asked for here: there may be room."""
+        if self._retry is None and any(self._deferred.values()):
+            self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._resume)
 
     def submit(
         self, model: ServedModel, salt: str, token_ids: list[int], user: object, on_end: Callable[[], None]
@@ -99,6 +123,7 @@ class AheadService:
         self._num_requests += 1
         request = AheadRequest(model, f"ahead/{self._num_requests}", key, token_ids, users={user: on_end})
         self._requests[key] = request
+        self._num_at_work[model.name] += 1
         hints = CallHints(call_class=CallClass.AHEAD, arrival_s=time.monotonic())
         model.engine.submit(
             EngineRequest(
@@ -133,7 +158,16 @@ class AheadService:
 
     def close(self) -> None:
         """End the thread."""
+        if self._retry is not None:
+            self._retry.cancel()
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def _resume(self) -> None:
+        self._retry = None
+        for name, waiting in list(self._deferred.items()):
+            model = self._models.find(name)
+            for user in list(islice(waiting, MAX_REQUESTS - len(self._requests))) if self.has_room(model) else ():
+                waiting.pop(user)()
 
     def _on_output(self, request: AheadRequest, output: EngineOutput) -> None:
         if output.cached_tokens is not None and request.start_s is None:
@@ -146,6 +180,8 @@ class AheadService:
     def _end(self, request: AheadRequest) -> None:
         request.ended = True
         del self._requests[request.key]
+        self._num_at_work[request.model.name] -= 1
+        self.on_end()
 
 
 @dataclass(slots=True, eq=False)
@@ -266,6 +302,7 @@ class ProgramAhead:
     def drop(self, call_id: str, *, keep_pages: bool = False) -> None:
         """The call needs nothing more; or it runs, and goes on from what is there."""
         if (prompt := self._prompts.pop(call_id, None)) is not None:
+            self._service.forget(prompt)
             prompt.note()
             if prompt.request is not None:
                 self._service.release(prompt.request, prompt, keep_pages=keep_pages)
@@ -286,17 +323,25 @@ class ProgramAhead:
         """Find out how far a prompt is known, and ask the engine for that."""
         if prompt.node.status != "waiting":
             return
+        try:
+            model = self._service.find_working(prompt.node.call.request.model or self._program.request.model)
+        except MacawError:
+            prompt.looking = True  # the call itself will say what is wrong
+            return
+        prompt.num_new = 0
+        if not self._service.has_room(model):
+            self._service.defer(model, prompt, lambda: self._look(prompt))
+            return
+        self._service.forget(prompt)
         inputs, prompt.source = self._program.known_inputs(prompt.node, self._answer_so_far or _nothing)
-        prompt.num_new, prompt.looking = 0, True
-        task = asyncio.get_running_loop().create_task(self._ask(prompt, inputs))
+        prompt.looking = True
+        task = asyncio.get_running_loop().create_task(self._ask(prompt, model, inputs))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, prompt: _Prompt, inputs: dict[str, str]) -> None:
-        call = prompt.node.call
+    async def _ask(self, prompt: _Prompt, model: ServedModel, inputs: dict[str, str]) -> None:
+        call, info = prompt.node.call, model.engine.info
         try:
-            model = self._service.find_working(call.request.model or self._program.request.model)
-            info = model.engine.info
             prompt.known = await asyncio.get_running_loop().run_in_executor(
                 self._service.thread,
                 known_prompt,

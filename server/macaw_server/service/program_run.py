@@ -230,6 +230,8 @@ class ProgramRun:
                         failed.append(runner)
                         self._end_trace(call_id, runner)
         abort_all(failed)
+        if any(isinstance(event, CallCompleted | CallFailed) for event in events):
+            self._surroundings.ahead.on_end()
         if not all(isinstance(event, CallDelta) for event in events):
             self._advance()
             if self._ahead is not None:

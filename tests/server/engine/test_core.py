@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from macaw_server.config import EngineConfig
 from macaw_server.engine.core import EngineCore
+from macaw_server.engine.loop import Add, GetStats, Inbound, Outbound, Outputs, Stop, run_loop
 from macaw_server.engine.types import CallClass, CallHints, EngineOutput, EngineRequest, Reuse, SamplingParams
 
 
@@ -143,3 +147,38 @@ def test_claims_end_with_their_program_and_with_the_cache(core: EngineCore, monk
     assert num_claims() == 0
     core.let_go(["q", "broken"])
     assert num_claims() == 0
+
+
+def test_work_ahead_waits_for_the_calls_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = EngineCore(EngineConfig(dtype="float32", max_model_len=256, ahead_rows=0))
+    inbox, outbox = SimpleQueue[Inbound](), SimpleQueue[Outbound]()
+    thread = Thread(target=run_loop, args=(core, inbox, outbox.put), daemon=True)
+    thread.start()
+
+    def until_end_of(name: str) -> list[str]:
+        """Who is heard of until that request has ended."""
+        heard = []
+        while True:
+            match outbox.get(timeout=60):
+                case Outputs(outputs):
+                    heard += [output.request_id for output in outputs]
+                    if any(output.request_id == name and output.finish_reason for output in outputs):
+                        return heard
+
+    ahead = replace(request("ahead", *range(5, 105)), prefill_only=True, hints=CallHints(call_class=CallClass.AHEAD))
+    monkeypatch.setattr("macaw_server.engine.core.AHEAD_HOLD_S", 60.0)
+    inbox.put(Add(ahead))
+    assert until_end_of("ahead") == ["ahead"], "nothing was done before: nothing is about to follow"
+    inbox.put(Add(request("first", 5, 6)))
+    inbox.put(Add(replace(ahead, request_id="ahead-2", prompt_ids=list(range(105, 205)))))
+    assert set(until_end_of("first")) == {"first"}
+    inbox.put(Add(request("second", 7, 8)))
+    assert set(until_end_of("second")) == {"second"}
+    assert 59 < core.hold_s() <= 60
+    monkeypatch.setattr("macaw_server.engine.core.AHEAD_HOLD_S", 0.0)
+    inbox.put(GetStats())  # wakes it
+    assert until_end_of("ahead-2") == ["ahead-2"]
+    assert core.hold_s() == 0
+    inbox.put(Stop())
+    thread.join(60)
+    assert not thread.is_alive()

@@ -85,7 +85,7 @@ class ScriptedMember(EngineHandle):
         self.heard: list[Inbound] = []
 
     async def start(self) -> None:
-        self._info = EngineInfo(100, 4096, 16, 1000, 4096, 10**6, "cpu", "float32", "native", frozenset())
+        self._info = EngineInfo(100, 4096, 16, 1000, 4096, 10**6, "cpu", "float32", "native", frozenset(), 8)
         self._status = "running"
 
     async def stop(self) -> None:

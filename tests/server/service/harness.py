@@ -57,8 +57,10 @@ class ScriptedEngine:
     Steps follow each other on the event loop, unless the engine is held: then `step` makes one.
     """
 
-    def __init__(self, script=None, held=False):
-        self.info = EngineInfo(400, MAX_MODEL_LEN, 16, 64, 4096, 10**6, "cpu", "float32", "native", frozenset({EOS}))
+    def __init__(self, script=None, held=False, ahead_rows=64):
+        self.info = EngineInfo(
+            400, MAX_MODEL_LEN, 16, 64, 4096, 10**6, "cpu", "float32", "native", frozenset({EOS}), ahead_rows
+        )
         self.status = "running"
         self.script = script or {}
         self.requests: list[EngineRequest] = []
@@ -98,6 +100,10 @@ class ScriptedEngine:
 
     def let_go(self, holders):
         self.let_gos += holders
+
+    @property
+    def num_live(self):
+        return len(self._active)
 
     @property
     def active(self):

@@ -161,3 +161,46 @@ async def test_a_prompt_goes_on_as_the_client_sets_variables(make_ahead):
     await until(lambda: len(ahead(engine)) == 2)
     assert LONG.upper()[:100] in text(ahead(engine)[1])
     run.cancel(CancelledError("enough"))
+
+
+async def test_an_engine_without_room_is_asked_when_calls_have_ended(make_ahead):
+    engine = ScriptedEngine(held=True, ahead_rows=2)
+    service = make_ahead(engine)
+    others = [await submit(service, program(("a", f"Say {i}."), targets=["a.out"])) for i in range(2)]
+    await until(lambda: len(engine.active) == 2)
+    runs = [await submit(service, chain()) for _ in range(2)]
+    await until(lambda: len(engine.active) == 4)
+    await settled(service)
+    assert not ahead(engine), "no step has a place for it"
+    runs[0].cancel(CancelledError("enough"))
+    for other in others:
+        engine.deliver(f"{other.id}/a/0", encode("x"), "length", cached_tokens=0)
+    await until(lambda: ahead(engine))
+    assert len(ahead(engine)) == 1
+    engine.release()
+    await runs[1].wait()
+    assert runs[1].state.status == "completed"
+
+
+async def test_an_engine_without_rows_works_ahead_while_it_has_no_calls(make_ahead):
+    engine = ScriptedEngine(held=True, ahead_rows=0)
+    service = make_ahead(engine)
+    run = await submit(
+        service, program(("a", LONG, "$first"), targets=["a.out"], variables={"first": {"external": True}}, stream=True)
+    )
+    await until(lambda: ahead(engine))
+    run.cancel(CancelledError("enough"))
+
+
+async def test_who_finds_no_room_and_ends_is_forgotten(make_ahead):
+    engine = ScriptedEngine(held=True, ahead_rows=1)
+    service = make_ahead(engine)
+    run = await submit(service, program(("a", "Say it."), targets=["a.out"]))
+    await until(lambda: engine.active)
+    waiting = await submit(service, chain())
+    await settled(service)
+    waiting.cancel(CancelledError("enough"))
+    engine.release()
+    await run.wait()
+    await asyncio.sleep(0.03)
+    assert not ahead(engine)
