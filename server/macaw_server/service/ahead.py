@@ -35,6 +35,8 @@ MIN_NEW_TOKENS = 32
 """Of an answer, after which its consumer's prompt is looked at again; more when the prompt is long (`_GROWTH`), so that
 all looks together take time linear in its length."""
 _GROWTH = 64
+MIN_PREFIX_TOKENS = 64
+"""Shorter ones are not asked for: whatever stops the engine, what it has computed of a last page is lost."""
 _MIN_SAMPLE_TOKENS = 64
 _RETRY_S = 0.01
 """How long after a call has ended others hear of the room: the calls that read its answer come first."""
@@ -360,7 +362,7 @@ class ProgramAhead:
             return
         prompt.looking = False
         token_ids = stable_tokens(prompt.known, info.page_size, info.max_model_len - 1)
-        if len(token_ids) > (0 if prompt.request is None else len(prompt.request.token_ids)):
+        if len(token_ids) >= (MIN_PREFIX_TOKENS if prompt.request is None else len(prompt.request.token_ids) + 1):
             prompt.note()
             request = self._service.submit(model, self._salt, token_ids, prompt, lambda: self._look_again(prompt))
             prompt.request = request or prompt.request

@@ -7,6 +7,7 @@ import pytest
 from macaw.errors import CancelledError
 from macaw.protocol import CallStarted
 from macaw_server.engine.types import CallClass
+from macaw_server.service.ahead import MIN_PREFIX_TOKENS
 from server.service.harness import ScriptedEngine, chat_prompt, encode, program, submit, tokenizer, until
 
 LONG = "The constant text of a prompt that is longer than a page, so that it is worth to be computed before. " * 3
@@ -146,6 +147,19 @@ async def test_short_beginnings_and_failures_cost_nothing(make_ahead):
     engine.release()
     await run.wait()
     assert run.state.status == "completed"
+
+
+@pytest.mark.parametrize(("num_words", "asked"), [(1, False), (2, True)])
+async def test_few_tokens_are_not_worth_a_request(make_ahead, num_words, asked):
+    beginning = ""
+    while len(encode(chat_prompt(beginning))) < MIN_PREFIX_TOKENS * num_words:
+        beginning += "word "
+    engine = ScriptedEngine(held=True)
+    service = make_ahead(engine)
+    run = await submit(service, program(("a", "A"), ("b", beginning, "$a.out"), targets=["b.out"]))
+    await settled(service)
+    assert bool(ahead(engine)) == asked
+    run.cancel(CancelledError("enough"))
 
 
 async def test_a_prompt_goes_on_as_the_client_sets_variables(make_ahead):
