@@ -14,6 +14,7 @@ from bench.toggled import ratio
 SCRIPT = Path(__file__).parents[1] / "bench" / "toggled.py"
 
 
+@pytest.mark.slow
 def test_each_switch_has_a_ratio() -> None:
     command = [sys.executable, str(SCRIPT), "multi-agent", "--programs", "1", "--scale", "0.01", "--rounds", "2"]
     table = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout

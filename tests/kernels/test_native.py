@@ -82,6 +82,7 @@ def test_what_goes_to_torch() -> None:
     assert best_backend(HeadConfig(8, 2, 64, 64), torch.device("meta"), torch.float32) == "torch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -78,6 +78,7 @@ def test_the_file_keeps_other_entries_and_is_what_the_kernels_read() -> None:
     }
 
 
+@pytest.mark.slow
 def test_soundness_is_the_compilers_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     is_sound = tune.compiled_sound("sm_90", 128, torch.bfloat16)

@@ -93,6 +93,7 @@ def prompt_tokens(call: CallState) -> tuple[int, int]:
     return cached, usage["prompt_tokens"] - cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_constant_text_is_there_when_the_answer_is(
     template: str, refined: Refined, constant_tokens: Callable[[BasePromptTemplate], int]
@@ -115,6 +116,7 @@ def test_constant_text_is_there_when_the_answer_is(
         assert (ahead > 200) == (template != "for completions")
 
 
+@pytest.mark.slow
 def test_and_the_answer_as_far_as_it_is_written(refined: Refined) -> None:
     """What is left is what comes after the answer, and its last tokens; behind the answer nothing is known."""
     assert refined("for chats", "on")[0] == refined("for chats", "off")[0]

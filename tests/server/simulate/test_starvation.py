@@ -131,6 +131,7 @@ def loads(draw: st.DrawFn) -> Load:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(loads())
 def test_nobody_waits_longer_than_the_bound(load: Load) -> None:
